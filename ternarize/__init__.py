@@ -1,0 +1,28 @@
+"""ternarize: a Hugging Face checkpoint goes in, a ternary one comes out.
+
+Importing this package registers its loader with transformers, and does nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ternarize.quantizer import TernarizeConfig, load
+from ternarize.recipe import Recipe
+from ternarize.runtime import TernaryLinear
+from ternarize.tensor import TernaryTensor
+
+if TYPE_CHECKING:
+    from ternarize.conversion import convert
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "TernarizeConfig", "TernaryLinear", "TernaryTensor", "__version__", "convert", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`convert` on first use: someone who only runs a model never imports the solver, datasets or typer."""
+    if name == "convert":
+        from ternarize.conversion import convert
+
+        return convert
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,405 @@
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 a bug in ternarize, 2 bad input or usage, 3 the model cannot be converted, 4 stopped but
+resumable. Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+import ternarize
+from ternarize.errors import TernarizeError
+from ternarize.progress import Progress, duration, size
+
+app = typer.Typer(
+    name="ternarize",
+    help="A Hugging Face checkpoint goes in, a ternary one comes out: weights scale * {-1, 0, 1} + shift.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 unsupported model, 4 stopped (run again with --resume).",
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(help="A checkpoint's folder, a Hub id, a .gguf file, or sample:smollm2-135m.", show_default=False),
+]
+Folder = Annotated[Path, typer.Argument(help="A folder that ternarize convert wrote.", show_default=False)]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it
+    typer.Option("--set", help="Change one setting of the recipe: key=value, such as group_size=128. Repeatable."),
+]
+TextOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--text",
+        help="Text: self (the model writes its own), pydoc, a .jsonl or .txt file, or a Hub dataset "
+        "owner/name[:config[:split]]. Repeat for a mixture, NAME@WEIGHT for shares.",
+    ),
+]
+RevisionOption = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]  # noqa: UP045
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[str, typer.Option(help="Type of activations: float32, bfloat16 or float16.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ternarize {ternarize.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A Hugging Face checkpoint goes in, a ternary one comes out: weights scale * {-1, 0, 1} + shift."""
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder to write. Default: ./NAME-ternary.", show_default=False),
+    ] = None,
+    recipe: RecipeOption = "fast",
+    setting: SetOption = None,
+    text: TextOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "cpu",
+    plan_only: Annotated[bool, typer.Option("--plan", help="Say what would be done, and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a checkpoint ternary."""
+    from ternarize.conversion import convert as run
+    from ternarize.recipe import Recipe
+
+    if plan_only:
+        plan(source, recipe, setting, text, revision, as_json)
+        return
+    _check_device(device)
+    progress = Progress(quiet)
+    chosen = _with_text(Recipe.load(recipe).with_settings(setting or []), text)
+    target = output or Path(f"{_short_name(source)}-ternary")
+    report = run(
+        source, target, chosen, revision=revision, device=device, resume=resume, force=force, progress=progress
+    )
+    if as_json:
+        _print_json(json.loads(report.to_json()))
+        return
+    data_free = [entry.name for entry in report.linears if entry.data_free]
+    if data_free and chosen.needs_statistics:
+        progress.say(
+            f"{len(data_free)} experts saw too few calibration tokens and were fitted without data, "
+            f"such as {data_free[0]}; more calibration.samples would reach them."
+        )
+    _table(
+        [
+            ("source", source),
+            ("output", str(target)),
+            ("weight files", f"{size(report.source_bytes)} -> {size(report.output_bytes)}"),
+            ("bits per ternary weight", f"{report.bits_per_ternary_weight:.3f}"),
+            ("bits per weight, whole file", f"{report.bits_per_weight:.3f}"),
+            ("mean relative error", f"{report.mean_error:.4f}"),
+            ("time", duration(report.run["seconds"])),
+            ("peak memory", size(report.run["peak_memory"])),
+        ]
+    )
+    typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
+    typer.echo(f'      ternarize generate {target} "Once upon a time"')
+
+
+@app.command()
+def plan(
+    source: Source,
+    recipe: RecipeOption = "fast",
+    setting: SetOption = None,
+    text: TextOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a conversion would do, from config and headers alone."""
+    from ternarize.checkpoint import Checkpoint
+    from ternarize.plan import make_plan
+    from ternarize.recipe import Recipe
+    from ternarize.sources import resolve
+
+    chosen = _with_text(Recipe.load(recipe).with_settings(setting or []), text)
+    made = make_plan(Checkpoint(resolve(source, revision)), chosen)
+    if as_json:
+        _print_json(made.to_dict())
+        return
+    share = made.ternary_weights / made.weights
+    _table(
+        [
+            ("model", f"{made.model}, {made.block_count} blocks at {made.blocks}"),
+            ("ternary", f"{len(made.ternary)} linears, {made.ternary_weights:,} weights ({100 * share:.1f} %)"),
+            ("int8", ", ".join(f"{n} {list(shape)}" for n, shape in made.int8.items()) or "nothing"),
+            ("weight files", f"{size(made.source_bytes)} -> {size(made.output_bytes)}"),
+            ("peak memory", f"about {size(made.peak_memory)}"),
+            ("time", f"about {duration(made.seconds)}" + (", and the model's own text first" * made.writes_text)),
+        ]
+    )
+    typer.echo("\nStays float:")
+    for line in _summarize_kept([(kept.name, kept.reason) for kept in made.kept]):
+        typer.echo(f"  {line}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[
+        str, typer.Argument(help="A folder that ternarize convert wrote, or any checkpoint.", show_default=False)
+    ],
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The checkpoint that it was made from, for KL and agreement."),
+    ] = None,
+    text: TextOption = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    windows: Annotated[int, typer.Option(min=0, help="At most so many windows of each text; 0 is all.")] = 20,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    save: Annotated[bool, typer.Option(help="Write the result into report.json and the card.")] = True,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure perplexity, and distance to the teacher.
+
+    Windows do not overlap and the tail is dropped; WikiText's raw file (its name contains "wiki") is joined as in the
+    papers. Default text: pydoc, Python's own manual.
+    """
+    from ternarize.evaluate import evaluate as run
+    from ternarize.sources import resolve
+
+    _check_device(device)
+    results = run(
+        resolve(folder),
+        resolve(teacher) if teacher else None,
+        text or ["pydoc"],
+        length,
+        windows or None,
+        device,
+        _dtype(dtype),
+        Progress(quiet),
+        save,
+    )
+    if as_json:
+        _print_json([result.to_dict() for result in results])
+        return
+    for result in results:
+        rows = [("text", f"{result.text}, {result.windows} windows of {result.length} tokens")]
+        if result.teacher_perplexity is not None:
+            rows += [
+                ("teacher perplexity", f"{result.teacher_perplexity:.3f}"),
+                ("perplexity", f"{result.perplexity:.3f}"),
+                ("KL to the teacher", f"{result.kl:.4f} nats"),
+                ("same top token", f"{100 * (result.agreement or 0):.1f} %"),
+            ]
+        else:
+            rows += [("perplexity", f"{result.perplexity:.3f}")]
+        _table(rows)
+
+
+@app.command()
+def generate(
+    folder: Annotated[
+        str, typer.Argument(help="A folder that ternarize convert wrote, or any checkpoint.", show_default=False)
+    ],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.", show_default=False)],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Generate text, printed as it comes."""
+    import torch
+    from transformers import TextIteratorStreamer
+
+    from ternarize.evaluate import load_any
+    from ternarize.sources import resolve
+    from ternarize.text import load_tokenizer
+
+    _check_device(device)
+    path = resolve(folder)
+    model, tokenizer = load_any(path, device, _dtype(dtype)), load_tokenizer(path)
+    if chat:
+        if not tokenizer.chat_template:
+            raise TernarizeError(f"{folder} has no chat template. Leave --chat out.")
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        typer.echo(prompt, nl=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise TernarizeError("the prompt is empty. Give some text to go on from.")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature}
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.generate(**inputs.to(model.device), max_new_tokens=tokens, streamer=streamer, **settings)
+        except BaseException as error:  # carried over to the main thread, which raises it
+            failure.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    for piece in streamer:
+        typer.echo(piece, nl=False)
+    thread.join()
+    typer.echo()
+    if failure:
+        raise failure[0]
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    worst: Annotated[int, typer.Option(min=0, help="Only the linears with the largest error; 0 is all.")] = 0,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw the table into this .png, .svg or .pdf."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a conversion did, per linear."""
+    from ternarize.report import Report
+
+    report = Report.read(folder)
+    if as_json:
+        _print_json(json.loads(report.to_json()))
+    else:
+        entries = report.linears
+        if worst:
+            entries = sorted(entries, key=lambda entry: -entry.error)[:worst]
+        width = max([len(entry.name) for entry in entries] + [6])
+        typer.echo(f"{'linear':{width}}  {'shape':>13}  {'error':>7}  {'zeros':>6}  {'bits':>5}")
+        for entry in entries:
+            shape = f"{entry.shape[0]} x {entry.shape[1]}"
+            note = "  without data" if entry.data_free else ""
+            typer.echo(
+                f"{entry.name:{width}}  {shape:>13}  {entry.error:7.4f}  {100 * entry.zero_share:5.1f}%  "
+                f"{entry.bits:5.3f}{note}"
+            )
+        typer.echo("")
+        _table(
+            [
+                ("bits per ternary weight", f"{report.bits_per_ternary_weight:.3f}"),
+                ("bits per weight, whole file", f"{report.bits_per_weight:.3f}"),
+                ("mean relative error", f"{report.mean_error:.4f}"),
+            ]
+        )
+        typer.echo("\nStayed float:")
+        for line in _summarize_kept([(kept["name"], kept["reason"]) for kept in report.kept]):
+            typer.echo(f"  {line}")
+    if plot is not None:
+        from ternarize.plot import plot_report
+
+        plot_report(report, plot)
+        if not as_json:
+            typer.echo(f"\nDrawn into {plot}")
+
+
+def run() -> None:
+    """Entry point: known errors are one message and an exit code, never a traceback."""
+    try:
+        app()
+    except TernarizeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped", err=True)
+        sys.exit(4)
+
+
+# -- printing -----------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        typer.echo(f"{label:{width}}  {value}")
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _summarize_kept(kept: list[tuple[str, str]]) -> list[str]:
+    """Names with their layer numbers folded together: `model.layers.*.norm.weight (30): reason`."""
+    import re
+
+    folded: dict[tuple[str, str], int] = {}
+    for name, reason in kept:
+        key = (re.sub(r"\.\d+(?=\.)", ".*", name), reason)
+        folded[key] = folded.get(key, 0) + 1
+    return [f"{name}{f' ({count})' if count > 1 else ''}: {reason}" for (name, reason), count in folded.items()] or [
+        "nothing"
+    ]
+
+
+def _short_name(source: str) -> str:
+    return (
+        Path(source.removeprefix("sample:").rstrip("/")).stem
+        if source.endswith(".gguf")
+        else (source.removeprefix("sample:").rstrip("/").rpartition("/")[2])
+    )
+
+
+def _with_text(recipe: Any, text: list[str] | None) -> Any:
+    import dataclasses
+
+    if not text:
+        return recipe
+    return dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, text=tuple(text)))
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TernarizeError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]} Try --device cpu."
+        ) from error
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known: dict[str, Callable[[], Any]] = {
+        "float32": lambda: torch.float32,
+        "bfloat16": lambda: torch.bfloat16,
+        "float16": lambda: torch.float16,
+    }
+    if name not in known:
+        raise TernarizeError(f"dtype {name!r} is not one of {', '.join(known)}.")
+    return known[name]()
+
+
+if __name__ == "__main__":
+    run()

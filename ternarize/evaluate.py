@@ -1,0 +1,174 @@
+"""Measure a model: perplexity by the field's convention, and how far it is from its teacher.
+
+Perplexity: windows of `length` tokens without overlap, exp of the mean negative log-likelihood of every token but the
+first of each window. KL and agreement compare the two models' next-token distributions at the same places.
+
+Shapes: B windows, T tokens in a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ternarize import hub
+from ternarize.checkpoint import find_shards, write_text
+from ternarize.errors import TernarizeError
+from ternarize.progress import Progress
+from ternarize.quantizer import load
+from ternarize.report import REPORT_FILE, Report
+from ternarize.text import draw, evaluation_windows, load_tokenizer, read_whole, self_windows, split_source
+
+LOGIT_CHUNK = 512  # tokens whose float32 distributions are alive at a time
+HELD_OUT_SEED = 1_000_003  # for the model's own text, so that it is not the calibration's
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement.
+
+    Args:
+        text: the source, as named.
+        windows, length, tokens: how much was measured; tokens are those predicted.
+        perplexity, teacher_perplexity: exp of the mean negative log-likelihood per token.
+        kl: mean of KL(teacher || student) per token, nats.
+        agreement: share of tokens where both models' likeliest next token is the same.
+    """
+
+    text: str
+    windows: int
+    length: int
+    tokens: int
+    perplexity: float
+    teacher_perplexity: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, ids: Tensor, text: str, progress: Progress
+) -> Evaluation:
+    """Measure a student, beside its teacher if there is one.
+
+    Args:
+        ids: int64 [B, T].
+        text: what to call it.
+    """
+    count = ids.shape[0] * (ids.shape[1] - 1)
+    nll = teacher_nll = kl = same = 0.0
+    with progress.bar(f"measuring on {text}", total=len(ids), unit="window") as bar:
+        for window in ids:
+            target = window[1:].to(student.device)
+            hidden = _logits(student, window)
+            reference = None if teacher is None else _logits(teacher, window).to(hidden.device)
+            for part in torch.arange(len(target)).split(LOGIT_CHUNK):
+                log_q = hidden[part].float().log_softmax(-1)
+                nll -= float(log_q.gather(1, target[part, None]).sum())
+                if reference is not None:
+                    log_p = reference[part].float().log_softmax(-1)
+                    teacher_nll -= float(log_p.gather(1, target[part, None]).sum())
+                    kl += float((log_p.exp() * (log_p - log_q)).sum())
+                    same += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            bar.update(1)
+    mine = Evaluation(text, len(ids), ids.shape[1], count, _exp(nll / count))
+    if teacher is None:
+        return mine
+    return Evaluation(
+        **(
+            mine.to_dict()
+            | {"teacher_perplexity": _exp(teacher_nll / count), "kl": kl / count, "agreement": same / count}
+        )
+    )
+
+
+def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
+    """Logits [T - 1, V] that predict the window's tokens from the second on."""
+    return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+
+
+def _exp(mean: float) -> float:
+    """exp that ends at infinity instead of an exception."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def evaluate(
+    folder: Path,
+    teacher: Path | None,
+    texts: list[str],
+    length: int,
+    windows: int | None,
+    device: str,
+    dtype: torch.dtype,
+    progress: Progress,
+    save: bool = True,
+) -> list[Evaluation]:
+    """Measure a folder (ternarize or float) on several texts, and write the result into a ternarize folder's report.
+
+    Args:
+        teacher: the float checkpoint to compare with; None measures perplexity alone.
+        texts: sources as in `text`; `self` is text that the teacher writes, with another seed than calibration's.
+        length: tokens in a window.
+        windows: at most so many of each text; None is all.
+        save: whether report.json and the card of a ternarize folder take up the result.
+
+    Raises:
+        TernarizeError: a text or folder that cannot be read, or one too short.
+    """
+    student = load_any(folder, device, dtype)
+    reference = None if teacher is None else load_any(teacher, device, dtype)
+    tokenizer = load_tokenizer(folder)
+    results = []
+    for source in texts:
+        name, _ = split_source(source)
+        if name == "self":
+            if teacher is None:
+                raise TernarizeError("text self is what the teacher writes: give --teacher, or another --text.")
+            ids = self_windows(teacher, windows or 16, length, HELD_OUT_SEED, progress)
+        elif name == "pydoc" and windows:
+            ids = draw(evaluation_windows(read_whole(name), tokenizer, length, None), windows, seed=0)
+        else:
+            ids = evaluation_windows(read_whole(name), tokenizer, length, windows)
+        label = name if name in ("self", "pydoc") else Path(name).name
+        results.append(compare(student, reference, ids, label, progress))
+    if save and (folder / REPORT_FILE).is_file():
+        save_evaluation(folder, results)
+    return results
+
+
+def save_evaluation(folder: Path, results: list[Evaluation]) -> None:
+    """Write measurements into report.json and the card; a text measured again replaces its old row."""
+    report = Report.read(folder)
+    rows = {row["text"]: row for row in report.run.get("evaluation", [])}
+    rows |= {result.text: result.to_dict() for result in results}
+    report.run["evaluation"] = list(rows.values())
+    write_text(folder / REPORT_FILE, report.to_json())
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    write_text(folder / "README.md", hub.model_card(report, recipe, report.run["evaluation"]))
+
+
+def load_any(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A ternarize folder or a float checkpoint, ready to run.
+
+    Raises:
+        TernarizeError: it is neither.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise TernarizeError(f"{folder} is not a checkpoint: it has no config.json.")
+    find_shards(folder)
+    quantized = "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    if quantized:
+        return load(folder, dtype=dtype)[0].to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()

@@ -1,0 +1,112 @@
+"""The file contract: what a ternarize folder holds, format version 1.
+
+A folder is an ordinary Hugging Face checkpoint (config.json, tokenizer files, model.safetensors, or shards with
+model.safetensors.index.json) in which some modules hold other tensors than usual. Names are those of the modules in
+transformers; the experts of a mixture are written one by one, `...experts.{e}.gate_up_proj` and `.down_proj`.
+
+A ternary linear, O x I, groups of S consecutive input columns, G = ceil(I / S), the last group may be short:
+
+    NAME.weight   uint8  [O, ceil(I / 5)]   trits, five to a byte along the row (see `packing`)
+    NAME.scale    fp16   [O, G]             positive
+    NAME.shift    fp16   [O, G]             absent where config.json says "shift": false
+    NAME.bias     float  [O]                where the linear had one
+
+    weight[o, i] = scale[o, i // S] * trit[o, i] + shift[o, i // S]
+
+An int8 embedding or head, V x H, groups of S8 columns:
+
+    NAME.weight   uint8  [V, H + 2 ceil(H / S8)]    codes and fp16 scales (see `packing`)
+
+Everything else stands as in the source, in the source's dtype. A mixture that was unfused also carries, under the
+fused parameters' names (`...experts.gate_up_proj`), empty uint8 tensors that mean nothing: see "Failing loudly".
+
+config.json, "quantization_config":
+
+    quant_method     "ternarize"
+    format_version   1
+    packing          "base3"
+    blocks           path of the list of decoder layers; every linear in it is ternary unless listed in "kept"
+    group_size       S, or null for one group a row
+    shift            whether NAME.shift is there
+    kept             linears inside the blocks that stayed float
+    int8             {module name: multiplier}: the embeddings and heads that are int8; the multiplier is what the
+                     module's own forward puts on a row (Gemma's sqrt(H)), 1.0 for most
+    int8_group_size  S8
+
+Failing loudly. transformers without this package skips an unknown quant_method with a warning and would go on with
+random weights. Two things forbid that: every packed tensor bears the name of the float weight but another shape, which
+the stock loader refuses; and config.json's "transformers_weights" names a file that does not exist and whose name says
+what to install, which the stock loader reports at once. This package's loader ignores that entry.
+
+A reader refuses versions and packings that it does not know. Version 1 will stay readable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ternarize.errors import FormatError
+
+QUANT_METHOD = "ternarize"
+FORMAT_VERSION = 1
+PACKING = "base3"
+TRIPWIRE = "first-run-pip-install-ternarize-and-import-ternarize.safetensors"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What config.json says about a folder's packed modules; the fields are described in the module's docstring."""
+
+    blocks: str
+    group_size: int | None
+    shift: bool
+    kept: tuple[str, ...]
+    int8: dict[str, float]
+    int8_group_size: int
+
+    def to_config(self) -> dict[str, Any]:
+        """The "quantization_config" of config.json."""
+        fields = asdict(self) | {"kept": list(self.kept)}
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "packing": PACKING} | fields
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Layout:
+        """Read a "quantization_config".
+
+        Raises:
+            FormatError: another method, an unknown version or packing, or a field missing or of the wrong type.
+        """
+        method, version, packing = (config.get(key) for key in ("quant_method", "format_version", "packing"))
+        if method != QUANT_METHOD:
+            raise FormatError(
+                f"config.json says quant_method {method!r}, not {QUANT_METHOD!r}: this is not a ternarize folder."
+            )
+        if version != FORMAT_VERSION:
+            raise FormatError(
+                f"config.json says format_version {version!r}; this ternarize reads {FORMAT_VERSION}. "
+                "Upgrade with: pip install --upgrade ternarize"
+            )
+        if packing != PACKING:
+            raise FormatError(
+                f"config.json says packing {packing!r}; this ternarize reads {PACKING!r}. "
+                "Upgrade with: pip install --upgrade ternarize"
+            )
+        try:
+            layout = cls(
+                blocks=config["blocks"],
+                group_size=config["group_size"],
+                shift=config["shift"],
+                kept=tuple(config["kept"]),
+                int8={name: float(value) for name, value in config["int8"].items()},
+                int8_group_size=config["int8_group_size"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"config.json's quantization_config is incomplete or damaged: {error!r}") from error
+        sizes = [layout.int8_group_size] + ([] if layout.group_size is None else [layout.group_size])
+        if not all(type(size) is int and size >= 1 for size in sizes) or type(layout.shift) is not bool:
+            raise FormatError(
+                f"config.json's quantization_config has group_size {layout.group_size!r}, int8_group_size "
+                f"{layout.int8_group_size!r}, shift {layout.shift!r}: sizes are whole numbers from 1, shift is a bool."
+            )
+        return layout

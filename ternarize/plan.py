@@ -1,0 +1,279 @@
+"""What a conversion will do, from config and headers alone: nothing is read but shapes.
+
+What becomes ternary, what stays float and why, the bytes that will be written, and an estimate of memory and time.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ternarize.architecture import (
+    LINEAR_TYPES,
+    check_parameters,
+    check_skip,
+    choose_linears,
+    find_blocks,
+    linear_shape,
+    linears,
+    unfuse_experts,
+)
+from ternarize.checkpoint import Checkpoint, tied_parameters
+from ternarize.errors import TernarizeError, UnsupportedModelError
+from ternarize.packing import int8_row_bytes, packed_columns
+from ternarize.progress import size
+from ternarize.recipe import Recipe
+from ternarize.tensor import group_count
+from ternarize.text import split_source
+
+PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A parameter that stays float.
+
+    Args:
+        name, shape: as in the model.
+        reason: why, in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen; see the module's docstring.
+
+    Args:
+        model: class name in transformers.
+        blocks: path of the list of decoder layers.
+        block_count: L.
+        ternary: {name: (O, I)}.
+        int8: {name: (V, H)}.
+        kept: everything that stays float.
+        weights: number of weights in the model, shared ones once.
+        source_bytes, output_bytes: of the weight files.
+        peak_memory: estimate, bytes.
+        seconds: estimate for this machine, without writing text of its own.
+        writes_text: whether the model writes its own calibration text first.
+    """
+
+    model: str
+    blocks: str
+    block_count: int
+    ternary: dict[str, tuple[int, int]]
+    int8: dict[str, tuple[int, int]]
+    kept: list[Kept]
+    weights: int
+    source_bytes: int
+    output_bytes: int
+    peak_memory: int
+    seconds: float
+    writes_text: bool
+    group_size: int | None
+    kept_linears: list[str] = field(default_factory=list)
+
+    @property
+    def ternary_weights(self) -> int:
+        """How many weights become ternary."""
+        return sum(o * i for o, i in self.ternary.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"ternary_weights": self.ternary_weights}
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Plan the conversion of a checkpoint.
+
+    Raises:
+        UnsupportedModelError: a part of the model cannot be converted faithfully.
+        TernarizeError: the recipe does not fit the model (a skip that matches nothing, too large a group).
+    """
+    model = checkpoint.skeleton()
+    tied = tied_parameters(model)
+    path, blocks = find_blocks(model)
+    weights = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+    embedding, head = find_embeddings(model)
+    int8 = choose_int8(model, recipe, embedding, head)
+    ternary: dict[str, tuple[int, int]] = {}
+    reasons: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    all_linears: list[str] = []
+    for index, block in enumerate(blocks):
+        prefix = f"{path}.{index}"
+        check_parameters(block, prefix)
+        for name, module in block.named_modules(prefix=prefix):
+            if isinstance(module, LINEAR_TYPES) and seen.setdefault(id(module), name) != name:
+                raise UnsupportedModelError(
+                    f"{name} is the same module as {seen[id(module)]}; sharing is not supported."
+                )
+        unfuse_experts(block, prefix, recipe.skip)
+        chosen = choose_linears(block, prefix, recipe.skip)
+        all_linears += [*chosen.ternary, *chosen.kept]
+        ternary |= {name: linear_shape(module) for name, module in chosen.ternary.items()}
+        reasons |= chosen.kept
+    check_skip(recipe.skip, all_linears)
+    if not ternary:
+        raise TernarizeError("the recipe's skip leaves no linear to make ternary. Remove some of its patterns.")
+    widest = max(i for _, i in ternary.values())
+    if recipe.group_size is not None and recipe.group_size > widest:
+        raise TernarizeError(
+            f"group_size {recipe.group_size} is wider than every linear of {type(model).__name__} "
+            f"(widest: {widest} input columns). Choose at most {widest}, or null for one group a row."
+        )
+    kept = _kept(model, path, set(ternary), int8, reasons, recipe)
+    output = _output_bytes(model, checkpoint, ternary, int8, recipe)
+    memory = _peak_memory(model, blocks, path, recipe, weights)
+    return Plan(
+        model=type(model).__name__,
+        blocks=path,
+        block_count=len(blocks),
+        ternary=ternary,
+        int8={name: tuple(model.get_submodule(name).weight.shape) for name in int8},  # type: ignore[union-attr, misc]
+        kept=kept,
+        weights=weights,
+        source_bytes=checkpoint.bytes,
+        output_bytes=output,
+        peak_memory=memory,
+        seconds=_seconds(blocks, recipe, ternary),
+        writes_text=any(split_source(source)[0] == "self" for source in recipe.calibration.text),
+        group_size=recipe.group_size,
+        kept_linears=sorted(reasons),
+    )
+
+
+def find_embeddings(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """Names of the input embedding and of the output head, where the model says that it has them."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return names.get(id(model.get_input_embeddings())), names.get(id(model.get_output_embeddings()))
+
+
+def choose_int8(model: PreTrainedModel, recipe: Recipe, embedding: str | None, head: str | None) -> list[str]:
+    """The modules that are stored in int8, by the recipe; a tied head is not among them, it has no table."""
+    tied = tied_parameters(model)
+    chosen = []
+    if embedding is not None and recipe.embeddings == "int8":
+        if isinstance(model.get_submodule(embedding), nn.Embedding):
+            chosen.append(embedding)
+    if head is not None and recipe.head == "int8" and f"{head}.weight" not in tied:
+        if isinstance(model.get_submodule(head), nn.Linear):
+            chosen.append(head)
+    return chosen
+
+
+def _kept(
+    model: PreTrainedModel, path: str, ternary: set[str], int8: list[str], reasons: dict[str, str], recipe: Recipe
+) -> list[Kept]:
+    packed = {f"{name}.weight" for name in ternary} | {f"{name}.weight" for name in int8}
+    kept = []
+    embedding, head = find_embeddings(model)
+    tied = tied_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name in packed or name in tied:
+            continue
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if owner in reasons:
+            reason = reasons[owner]
+        elif last == "bias" or parameter.ndim == 1:
+            reason = "one value per feature (norm or bias)"
+        elif owner in (embedding, head):
+            reason = "recipe: keep" if "keep" in (recipe.embeddings, recipe.head) else "not a plain embedding or linear"
+        elif isinstance(module, nn.Embedding):
+            reason = "embedding other than the input's"
+        elif not name.startswith(f"{path}."):
+            reason = "outside the blocks"
+        else:
+            reason = f"not a linear ({type(module).__name__})"
+        kept.append(Kept(name, tuple(parameter.shape), reason))
+    return kept
+
+
+def _output_bytes(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    ternary: dict[str, tuple[int, int]],
+    int8: list[str],
+    recipe: Recipe,
+) -> int:
+    total = 0
+    planes = 2 if recipe.grid == "dlt" else 1
+    for out_features, in_features in ternary.values():
+        groups = group_count(in_features, min(recipe.group_size or in_features, in_features))
+        total += out_features * (packed_columns(in_features) + 2 * planes * groups)
+    for name in int8:
+        rows, columns = model.get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
+        total += rows * int8_row_bytes(columns, recipe.int8_group_size)
+    packed = {f"{name}.weight" for name in [*ternary, *int8]}
+    tied = tied_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name not in packed and name not in tied:
+            total += parameter.numel() * checkpoint.source_dtype(name).itemsize
+    return total
+
+
+def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recipe: Recipe, weights: int) -> int:
+    """A block in float32 with its packed twin, its statistics, two sets of hidden states; or the text's writer."""
+    block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
+    outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{path}."))
+    outside -= sum(model.get_parameter(name).numel() for name in tied_parameters(model))
+    widths = [linear_shape(module)[1] for _, module in linears(blocks[0], f"{path}.0")]
+    moments = 2 * sum(width * width for width in widths) + 4 * max(widths) ** 2
+    calibration = recipe.calibration
+    hidden = getattr(model.config.get_text_config(), "hidden_size", max(widths))
+    activations = 2 * calibration.samples * calibration.length * hidden
+    largest = max(o * i for o, i in (linear_shape(m) for _, m in linears(blocks[0], f"{path}.0")))
+    walking = 4 * (2 * block + moments + activations + 8 * largest)
+    first = 4 * 2 * outside
+    writing = 4 * weights * 1.1 if any(split_source(s)[0] == "self" for s in calibration.text) else 0
+    return PYTHON_AND_TORCH + int(max(walking + 4 * block, first, writing))
+
+
+def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int, int]]) -> float:
+    """Products of the walk over a rate measured now, plus the column loops."""
+    rate = _matmul_rate()
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    forward = sum(2 * o * i for o, i in ternary.values()) * tokens
+    moments = sum(2 * 2 * i * i for _, i in ternary.values()) * tokens / 2  # half of them share their input
+    solving = sum(6 * o * i * i for o, i in ternary.values())
+    columns = sum(i for _, i in ternary.values()) * 60e-6
+    return (3 * forward + moments + solving) / rate + columns
+
+
+def _matmul_rate() -> float:
+    """Multiply-adds times two per second of a float32 product of the usual shape, on this machine, now."""
+    a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
+    torch.mm(a, b)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        torch.mm(a, b)
+        count += 1
+    return count * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)
+
+
+def check_room(plan: Plan, folder: Path) -> None:
+    """Refuse a conversion whose output does not fit on the disk, before anything is computed.
+
+    Raises:
+        TernarizeError: with both figures.
+    """
+    import shutil
+
+    parent = next(p for p in [folder, *folder.resolve().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    needed = 2 * plan.output_bytes  # blocks and the folder made of them stand side by side at the end
+    if free < needed:
+        raise TernarizeError(
+            f"{parent} has {size(free)} free, but the conversion needs about {size(needed)}. "
+            "Make room, or choose another --output."
+        )

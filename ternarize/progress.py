@@ -1,0 +1,94 @@
+"""Progress that a person or a log can read: a bar on a terminal, plain lines elsewhere, nothing for machines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from tqdm.auto import tqdm
+
+LINE_EVERY = 10.0  # seconds between plain lines
+
+
+class Bar(Protocol):
+    """What a long loop needs of its bar."""
+
+    def update(self, n: int = 1) -> object:
+        """Advance by `n`."""
+
+
+class _Lines:
+    """Plain lines: at most one every `LINE_EVERY` seconds, with the time left."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self.started, self.printed = 0, time.monotonic(), time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        """Advance by `n`."""
+        self.done += n
+        now = time.monotonic()
+        if now - self.printed >= LINE_EVERY and self.done < self.total:
+            left = (now - self.started) / self.done * (self.total - self.done)
+            self.printed = now
+            print(
+                f"{self.label}: {self.done}/{self.total} {self.unit}s, about {duration(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class _Silence:
+    def update(self, n: int = 1) -> None:
+        """Do nothing."""
+
+
+class Progress:
+    """Where messages and bars go: standard error, so that standard output stays clean for results.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    def say(self, message: str) -> None:
+        """One line to the person."""
+        if not self.quiet:
+            tqdm.write(message, file=sys.stderr)
+
+    @contextmanager
+    def bar(self, label: str, total: int, unit: str) -> Iterator[Bar]:
+        """A bar over `total` units; plain lines where standard error is no terminal."""
+        if self.quiet:
+            yield _Silence()
+        elif not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            started = time.monotonic()
+            yield _Lines(label, total, unit)
+            if (spent := time.monotonic() - started) > 2:
+                print(f"{label}: done in {duration(spent)}", file=sys.stderr, flush=True)
+        else:
+            with tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True, smoothing=0.1) as bar:
+                yield bar
+
+
+def duration(seconds: float) -> str:
+    """`72.4` -> `1 min 12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `97300000` -> `97.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

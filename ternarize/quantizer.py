@@ -1,0 +1,168 @@
+"""How transformers loads a ternarize folder: registered once, when `ternarize` is imported.
+
+    import ternarize
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+The file's names are those of the packed modules, so nothing is converted while loading; a strict check of names, shapes
+and types against the files' headers comes first, because transformers itself only warns about what is missing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ternarize.checkpoint import find_shards, read_header
+from ternarize.errors import FormatError, TernarizeError
+from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
+from ternarize.runtime import check_packed_modules, dequantize_modules, replace_float_modules
+
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.float16: "F16",
+}
+
+
+@register_quantization_config(QUANT_METHOD)
+class TernarizeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The "quantization_config" of a ternarize folder (see `format`).
+
+    Raises:
+        FormatError: an unknown version or packing, or damaged fields.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.layout = Layout.from_config({"quant_method": QUANT_METHOD} | fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it."""
+        return self.layout.to_config()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it: a reader must not depend on our defaults."""
+        return self.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed modules into a skeleton before transformers fills it."""
+
+    requires_calibration = True  # a folder is made by `ternarize convert`, not while loading
+    quantization_config: TernarizeConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the model's config before the weight files are looked up: disarm the tripwire for us."""
+        _disarm(config)
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        _eager_experts(model)
+        replace_float_modules(model, self.quantization_config.layout)
+        if checkpoint_files:
+            check_names(model, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        check_packed_modules(model)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """None: names and layouts in the file are already the model's (5.20 to 5.22 pass no model)."""
+        return []
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # save_pretrained leaves a name in model.config.dtype
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+        dequantize_modules(model, dtype or model.dtype)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Packed modules save as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+def check_names(model: PreTrainedModel, files: list[str]) -> None:
+    """Compare every name, shape and packed type in the files with what the model expects.
+
+    Raises:
+        FormatError: listing the missing, the unexpected and the misshapen.
+    """
+    found: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        found |= read_header(Path(file))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    prefix = f"{model.base_model_prefix}."
+    whole = hasattr(model, model.base_model_prefix)
+    if not whole:  # a base model reads the files of the whole one; its head has no place here
+        found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)} or found
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys() - tied)
+    wrong = []
+    for name in sorted(expected.keys() & found.keys()):
+        dtype, shape = found[name]
+        tensor = expected[name]
+        if list(tensor.shape) != shape or _DTYPES.get(tensor.dtype, dtype) != dtype and tensor.dtype == torch.uint8:
+            wrong.append(f"{name} ({dtype} {shape}, expected {list(tensor.shape)})")
+    if missing or unexpected or wrong:
+        parts = [
+            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            if names
+        ]
+        raise FormatError(
+            f"the files of {Path(files[0]).parent} do not hold what config.json promises: {'; '.join(parts)}. "
+            "Nothing was loaded. Download or convert the model again."
+        )
+
+
+def load(
+    folder: str | Path, device_map: Any = None, dtype: torch.dtype | str = "auto", **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a ternarize folder (or Hub id) and its tokenizer.
+
+    Args:
+        folder: what `ternarize convert` wrote.
+        device_map, dtype, **kwargs: as in `from_pretrained`; dtype is that of activations and of what stayed float.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        FormatError: not a ternarize folder, or damaged.
+        TernarizeError: a local folder that is not a checkpoint.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TernarizeError(f"{path} is not a checkpoint: it has no config.json.")
+        find_shards(path)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=dtype, **kwargs)
+    if not isinstance(getattr(model, "hf_quantizer", None), TernarizeQuantizer):
+        raise FormatError(f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config.")
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _disarm(config: Any) -> None:
+    if getattr(config, "transformers_weights", None) == TRIPWIRE:
+        del config.transformers_weights
+
+
+def _eager_experts(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"

@@ -1,0 +1,226 @@
+"""Recipe: every choice that changes the numbers, in one frozen value, read from YAML with strict keys.
+
+What to compute is the recipe; how to run it here (device, output folder, resume) is the command line's business.
+The recipes that ship lie in `recipes/`; `Recipe.load("fast")` reads one by name, `Recipe.load("mine.yaml")` a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ternarize.errors import TernarizeError
+from ternarize.grids import Grid
+
+DEFAULT = "fast"
+_HERE = Path(__file__).parent
+RECIPE_FOLDER = next(folder for folder in (_HERE / "recipes", _HERE.parent / "recipes") if folder.is_dir())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the statistics come from.
+
+    Args:
+        text: sources, `NAME` or `NAME@WEIGHT`: `self` (the model writes its own), `pydoc` (Python's manual, on every
+            machine), a .jsonl/.txt file (also .gz), or a Hub dataset `owner/name[:config[:split]]`.
+        samples: windows of text, shared among the sources by weight.
+        length: tokens in a window.
+        seed: for the choice of windows and for the model's own text.
+    """
+
+    text: tuple[str, ...] = ("self",)
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice that changes the numbers (see `recipes/README.md` for what each is worth).
+
+    Args:
+        version: of this schema; 1.
+        grid: "dlt" (scale and shift), "symmetric" (scale alone) or "absmean" (BitNet's).
+        group_size: input columns that share a scale and shift; None is the whole row.
+        feedback: column-wise error feedback (GPTQ) while codes are chosen; False rounds to nearest.
+        order: columns visited by descending "curvature", or in "natural" order. Nothing is stored either way.
+        curvature: weight the grid's fit by each column's curvature (1 / U_jj^2), or by ones.
+        refit: solve all scales and shifts of a row together under the full second moment, codes frozen.
+        correction: 0..1, how much of the error that the ternary prefix left each linear's weight should undo
+            before it is fitted (QEP's alpha, arXiv 2504.09629).
+        damping: added to the second moment's diagonal, as a share of its mean.
+        token_weight: what each calibration token counts for in the statistics: "equal", or "norm", the inverse of
+            its input's mean square, so that a few massive activations do not decide.
+        embeddings: "int8" or "keep" for the input embedding.
+        head: "int8" or "keep" for the output head (a tied head follows the embedding).
+        int8_group_size: columns that share an int8 scale.
+        skip: linears that stay float: module names with shell wildcards, or `re:` and a regular expression.
+        calibration: the text.
+
+    Raises:
+        TernarizeError: a value breaks its rule.
+    """
+
+    version: int = 1
+    grid: Grid = "dlt"
+    group_size: int | None = 64
+    feedback: bool = True
+    order: Literal["curvature", "natural"] = "curvature"
+    curvature: bool = True
+    refit: bool = True
+    correction: float = 0.0
+    damping: float = 0.01
+    token_weight: Literal["equal", "norm"] = "equal"
+    embeddings: Literal["int8", "keep"] = "int8"
+    head: Literal["int8", "keep"] = "int8"
+    int8_group_size: int = 64
+    skip: tuple[str, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        _require(self.version == 1, "version", self.version, "this ternarize reads version 1; upgrade it for others")
+        if self.group_size is not None:
+            _require(self.group_size >= 1, "group_size", self.group_size, "at least 1, or null for a whole row")
+        _require(self.int8_group_size >= 1, "int8_group_size", self.int8_group_size, "at least 1")
+        _require(0 <= self.correction <= 1, "correction", self.correction, "between 0 (off) and 1 (QEP in full)")
+        _require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1; 0.01 is usual")
+        _require(self.calibration.samples >= 1, "calibration.samples", self.calibration.samples, "at least 1")
+        _require(self.calibration.length >= 2, "calibration.length", self.calibration.length, "at least 2 tokens")
+        _require(bool(self.calibration.text), "calibration.text", [], "at least one source, such as self")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any step looks at activations; a recipe that does not is data-free."""
+        return self.feedback or self.curvature or self.refit or self.correction > 0
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """Read a shipped recipe by name, or a YAML file.
+
+        Raises:
+            TernarizeError: no such recipe, not YAML, an unknown key or a bad value.
+        """
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml"):
+            path = RECIPE_FOLDER / f"{name}.yaml"
+            if not path.is_file():
+                raise TernarizeError(
+                    f"recipe {str(name)!r} is not one of those shipped ({', '.join(shipped())}) and not a .yaml file"
+                    f"{_nearest(str(name), shipped())}. Give one of the names, or the path of a YAML file."
+                )
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TernarizeError(f"recipe {path}: {error.strerror or error}. Check the path.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise TernarizeError(f"recipe {path} is not valid YAML: {error}") from error
+        return cls.from_dict(values if values is not None else {}, where=f"recipe {path}")
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "recipe") -> Recipe:
+        """Build from plain values; every key must be known and every value of its type.
+
+        Raises:
+            TernarizeError: an unknown key (the nearest known one is named) or a bad value.
+        """
+        return typing.cast(Recipe, _build(cls, values, where, ""))
+
+    def with_settings(self, settings: list[str]) -> Recipe:
+        """A copy with `key=value` settings applied, dotted for nested keys: `["group_size=128"]`.
+
+        Raises:
+            TernarizeError: no `=`, an unknown key or a bad value.
+        """
+        values = self.to_dict()
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise TernarizeError(f"setting {setting!r} has no '='. Write it as key=value, such as group_size=128.")
+            target = values
+            *parents, last = key.strip().split(".")
+            for parent in parents:
+                inner = target.get(parent)
+                if not isinstance(inner, dict):
+                    raise TernarizeError(
+                        f"setting {setting!r}: {parent!r} has no keys inside{_nearest(parent, target)}. "
+                        "Only calibration is nested, as in calibration.samples=128."
+                    )
+                target = inner
+            try:
+                target[last] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise TernarizeError(f"setting {setting!r}: {text!r} is not a YAML value: {error}") from error
+        return self.from_dict(values, where="settings")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON; `from_dict` gives the recipe back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise TernarizeError(f"{where}: expected keys and values, found {values!r}")
+    hints = typing.get_type_hints(cls)
+    known: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise TernarizeError(
+                f"{where}: unknown key {prefix + str(key)!r}{_nearest(str(key), hints)}. Known keys: {', '.join(hints)}."
+            )
+        known[key] = _convert(value, hints[key], where, prefix + key)
+    return cls(**known)
+
+
+def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
+    """`value` as the type that the field declares, or an error that names both."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where, f"{key}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        expected = "one of " + ", ".join(map(str, arguments)) + _nearest(str(value), arguments)
+    elif origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)), where, key)
+    elif origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        expected = "a list of strings"
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    else:
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
+    raise TernarizeError(f"{where}: {key} is {value!r}, but must be {expected}.")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _require(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise TernarizeError(f"recipe: {key} is {value!r}, but must be {rule}.")

@@ -1,0 +1,100 @@
+"""What a conversion did: one entry per linear, what stayed float and why, and the totals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ternarize.errors import TernarizeError
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One ternary linear.
+
+    Args:
+        name: full name in the model.
+        shape: (O, I).
+        zero_share: share of trits that are 0.
+        error: ||X^ What' - X W'||^2 / ||X W'||^2 on the calibration tokens; of the weights alone where data_free.
+        bits: stored bits per weight, scale and shift counted.
+        tokens: calibration tokens that it saw.
+        data_free: fitted without statistics, because it saw too few tokens (an expert) or the recipe uses none.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zero_share: float
+    error: float
+    bits: float
+    tokens: int
+    data_free: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a conversion, written as report.json.
+
+    Args:
+        source, revision: what was converted, as the user named it.
+        model: class name in transformers.
+        linears: one entry per ternary linear.
+        int8: names of the modules stored in int8.
+        kept: [{name, shape, reason}] of what stayed float.
+        bits_per_ternary_weight: stored bits of the ternary linears over their weights, all side data counted.
+        bits_per_weight: bits of all weight files, headers included, over all weights of the model.
+        weights, ternary_weights: counts; shared weights once.
+        source_bytes, output_bytes: of the weight files.
+        data: calibration sources, windows, tokens and the fingerprint of the token ids.
+        versions: of the packages that computed.
+        run: what differs from run to run: seconds, peak_memory in bytes, command.
+    """
+
+    source: str
+    revision: str | None
+    model: str
+    linears: list[LinearReport]
+    int8: list[str]
+    kept: list[dict[str, Any]]
+    bits_per_ternary_weight: float
+    bits_per_weight: float
+    weights: int
+    ternary_weights: int
+    source_bytes: int
+    output_bytes: int
+    data: dict[str, Any]
+    versions: dict[str, str]
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean_error(self) -> float:
+        """Mean of the linears' errors, weighted by their number of weights."""
+        total = sum(entry.shape[0] * entry.shape[1] for entry in self.linears)
+        return sum(entry.error * entry.shape[0] * entry.shape[1] for entry in self.linears) / total
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """Read the report of a ternarize folder.
+
+        Raises:
+            TernarizeError: there is none, or it is damaged.
+        """
+        path = folder / REPORT_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values["linears"] = [
+                LinearReport(**(entry | {"shape": tuple(entry["shape"])})) for entry in values["linears"]
+            ]
+            return cls(**values)
+        except OSError as error:
+            raise TernarizeError(f"{path} cannot be read: {error.strerror}. Is {folder} a ternarize folder?") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise TernarizeError(f"{path} is damaged: {error!r}. Convert the model again.") from error

@@ -1,0 +1,319 @@
+"""The modules of a ternary model: they hold packed bytes and compute with them.
+
+`TernaryLinear` serves converting, loading and running alike; `Int8Embedding` and `Int8Head` do the same for the
+embedding and the output head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ternarize import kernels
+from ternarize.architecture import (
+    LINEAR_TYPES,
+    fuse_experts,
+    linear_shape,
+    linears,
+    replace_module,
+    unfuse_experts,
+)
+from ternarize.errors import FormatError
+from ternarize.format import Layout
+from ternarize.packing import (
+    check_packed,
+    dequantize_int8,
+    int8_row_bytes,
+    pack_trits,
+    packed_columns,
+    quantize_int8,
+    unpack_trits,
+)
+from ternarize.tensor import TernaryTensor, group_count
+
+
+class TernaryLinear(nn.Module):
+    """y = x W' + bias with W = scale * trits + shift, kept packed.
+
+    Args:
+        in_features, out_features: I, O.
+        group_size: S, at most I.
+        shift: whether the grid has one.
+        bias: whether the linear has one; a float parameter [O].
+        device: of the (empty) buffers.
+
+    Buffers: `weight` uint8 [O, ceil(I / 5)], `scale` and `shift` fp16 [O, G].
+    """
+
+    shift: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        shift: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.replaces: type[nn.Module] = nn.Linear  # what `dequantize_modules` puts back
+        side = (out_features, group_count(in_features, group_size))
+        packed = (out_features, packed_columns(in_features))
+        self.register_buffer("weight", torch.empty(packed, dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.empty(side, dtype=torch.float16, device=device))
+        self.register_buffer("shift", torch.empty(side, dtype=torch.float16, device=device) if shift else None)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
+
+    @classmethod
+    def from_tensor(cls, tensor: TernaryTensor, bias: Tensor | None = None) -> TernaryLinear:
+        """Pack a fitted weight; scale and shift are stored in fp16."""
+        out_features, in_features = tensor.shape
+        linear = cls(
+            in_features, out_features, tensor.group_size, tensor.shift is not None, bias is not None, device="meta"
+        )
+        linear.weight, linear.scale = pack_trits(tensor.trits), tensor.scale.half()
+        linear.shift = None if tensor.shift is None else tensor.shift.half()
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return linear
+
+    def to_tensor(self) -> TernaryTensor:
+        """The weight as a TernaryTensor."""
+        return TernaryTensor(unpack_trits(self.weight, self.in_features), self.scale, self.shift, self.group_size)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight, [O, I]."""
+        return kernels.ternary_weight(self.weight, self.scale, self.shift, self.in_features, self.group_size)
+
+    def check(self, name: str) -> None:
+        """Refuse contents that no conversion writes.
+
+        Raises:
+            FormatError: impossible bytes, or a scale or shift that is not finite, or a scale that is not positive.
+        """
+        check_packed(self.weight, self.in_features, f"{name}.weight")
+        if not bool(((self.scale > 0) & torch.isfinite(self.scale)).all()):
+            raise FormatError(f"{name}.scale has values that are not positive and finite: the file is corrupted.")
+        if self.shift is not None and not bool(torch.isfinite(self.shift).all()):
+            raise FormatError(f"{name}.shift has NaN or infinite values: the file is corrupted.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O], in x's dtype."""
+        return kernels.ternary_linear(x, self.weight, self.scale, self.shift, self.bias, self.group_size)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+
+
+class Int8Embedding(nn.Module):
+    """Token ids -> rows of an int8 table.
+
+    Args:
+        rows, columns: V, H.
+        group_size: columns that share a scale.
+        multiplier: what the module that it replaces put on each row (Gemma's sqrt(H)).
+    """
+
+    anchor: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        group_size: int,
+        multiplier: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = rows, columns
+        self.group_size, self.multiplier = group_size, multiplier
+        shape = (rows, int8_row_bytes(columns, group_size))
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
+        # Has no value: it follows the model's .to(dtype), which bytes cannot.
+        self.register_buffer("anchor", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, group_size: int, multiplier: float = 1.0) -> Int8Embedding:
+        """Quantize a float table [V, H]."""
+        embedding = cls(*weight.shape, group_size, multiplier, device="meta")
+        embedding.weight = quantize_int8(weight, group_size)
+        embedding.anchor = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return embedding
+
+    def dequantize(self) -> Tensor:
+        """The float32 table, [V, H], without the multiplier."""
+        return dequantize_int8(self.weight, self.embedding_dim, self.group_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., H], in the model's dtype."""
+        rows = dequantize_int8(self.weight[ids], self.embedding_dim, self.group_size).to(self.anchor.dtype)
+        return rows if self.multiplier == 1.0 else rows * torch.tensor(self.multiplier, dtype=rows.dtype)
+
+
+class Int8Head(nn.Module):
+    """y = x W' + bias with an int8 table of its own."""
+
+    def __init__(
+        self, rows: int, columns: int, group_size: int, bias: bool = False, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.group_size = rows, columns, group_size
+        shape = (rows, int8_row_bytes(columns, group_size))
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
+        self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, group_size: int, bias: Tensor | None = None) -> Int8Head:
+        """Quantize a float head [V, H]."""
+        head = cls(*weight.shape, group_size, bias is not None, device="meta")
+        head.weight = quantize_int8(weight, group_size)
+        if bias is not None:
+            head.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return head
+
+    def dequantize(self) -> Tensor:
+        """The float32 table, [V, H]."""
+        return dequantize_int8(self.weight, self.in_features, self.group_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., V], in x's dtype."""
+        return kernels.int8_linear(x, self.weight, self.bias, self.group_size)
+
+
+class TiedInt8Head(nn.Module):
+    """The output head of a model that uses its embedding's table; owns nothing but a bias."""
+
+    def __init__(self, embedding: Int8Embedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # not a child: the table is stored once, by the embedding
+        self.bias = bias
+        self.out_features, self.in_features = embedding.num_embeddings, embedding.embedding_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., V], in x's dtype."""
+        return kernels.int8_linear(x, self.embedding.weight.to(x.device), self.bias, self.embedding.group_size)
+
+
+# -- a whole model ----------------------------------------------------------------------------------------------------
+
+
+def replace_float_modules(model: nn.Module, layout: Layout) -> None:
+    """Swap the linears, embedding and head of a float skeleton for empty packed modules, as `layout` says.
+
+    Raises:
+        FormatError: the layout names modules that the model does not have.
+    """
+    try:
+        # A base model (AutoModel) is the same tree without its outermost attribute: "model.layers" is "layers" there.
+        prefix = getattr(model, "base_model_prefix", "") + "."
+        strip = layout.blocks.startswith(prefix) and not hasattr(model, prefix[:-1])
+        path = layout.blocks.removeprefix(prefix) if strip else layout.blocks
+        blocks = model.get_submodule(path)
+        kept = {name.removeprefix(prefix) if strip else name for name in layout.kept}
+        int8 = {name.removeprefix(prefix) if strip else name: value for name, value in layout.int8.items()}
+        unfuse_experts(blocks, path, tuple(kept))
+        for name, linear in list(linears(blocks, path)):
+            if name not in kept:
+                replace_module(model, name, _empty_ternary(linear, layout))
+        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        for name, multiplier in int8.items():
+            if strip and not _has_module(model, name):
+                continue  # the head, which a base model does not have
+            replace_module(model, name, _empty_int8(model.get_submodule(name), layout.int8_group_size, multiplier))
+    except AttributeError as error:
+        raise FormatError(
+            f"config.json names modules that {type(model).__name__} does not have: {error}. "
+            "The folder was written for another architecture, or for another version of transformers."
+        ) from error
+    tie_int8_heads(model, tied)
+
+
+def tie_int8_heads(model: nn.Module, tied: dict[str, str]) -> None:
+    """Give every head that shares an int8 embedding's table a `TiedInt8Head`, and forget the float tie."""
+    for target, source in tied.items():
+        embedding = model.get_submodule(source.rpartition(".")[0])
+        if isinstance(embedding, Int8Embedding):
+            name = target.rpartition(".")[0]
+            bias = getattr(model.get_submodule(name), "bias", None)
+            replace_module(model, name, TiedInt8Head(embedding, bias))
+            model.all_tied_weights_keys.pop(target, None)  # type: ignore[operator, union-attr]
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
+    """Swap every packed module for an ordinary float one, in place: the student as stock software would hold it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (TernaryLinear, Int8Head)):
+            conv1d = getattr(module, "replaces", nn.Linear) is Conv1D
+            replace_module(model, name, _float_linear(module.dequantize(), module.bias, dtype, conv1d))
+        elif isinstance(module, Int8Embedding):
+            table = module.dequantize().to(dtype)
+            embedding = ScaledEmbedding(*table.shape, module.multiplier, device="meta")
+            embedding.weight = nn.Parameter(table, requires_grad=False)
+            replace_module(model, name, embedding)
+            for head_name, head in list(model.named_modules()):
+                if isinstance(head, TiedInt8Head) and head.embedding is module:
+                    linear = _float_linear(table, head.bias, dtype)
+                    linear.weight = embedding.weight
+                    replace_module(model, head_name, linear)
+    fuse_experts(model)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding with a constant multiplier; an ordinary one where that is 1."""
+
+    def __init__(self, rows: int, columns: int, multiplier: float, device: torch.device | str | None = None) -> None:
+        super().__init__(rows, columns, device=device)
+        self.multiplier = multiplier
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., H]."""
+        rows = super().forward(ids)
+        return rows if self.multiplier == 1.0 else rows * torch.tensor(self.multiplier, dtype=rows.dtype)
+
+
+def check_packed_modules(model: nn.Module) -> None:
+    """Refuse a model whose packed tensors hold impossible values.
+
+    Raises:
+        FormatError: naming the tensor.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear) and not module.weight.is_meta:
+            module.check(name)
+
+
+def _empty_ternary(linear: nn.Module, layout: Layout) -> TernaryLinear:
+    out_features, in_features = linear_shape(linear)
+    group_size = min(layout.group_size or in_features, in_features)
+    device = linear.weight.device  # type: ignore[union-attr]
+    bias = getattr(linear, "bias", None) is not None
+    ternary = TernaryLinear(in_features, out_features, group_size, layout.shift, bias, device)  # type: ignore[arg-type]
+    ternary.replaces = type(linear)
+    return ternary
+
+
+def _empty_int8(module: nn.Module, group_size: int, multiplier: float) -> nn.Module:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    if isinstance(module, LINEAR_TYPES):
+        return Int8Head(rows, columns, group_size, module.bias is not None, weight.device)
+    return Int8Embedding(rows, columns, group_size, multiplier, weight.device, weight.dtype)
+
+
+def _float_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, conv1d: bool = False) -> nn.Module:
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        linear = Conv1D(out_features, in_features) if conv1d else nn.Linear(in_features, out_features, bias is not None)
+    linear.weight = nn.Parameter((weight.t() if conv1d else weight).to(dtype).contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    return any(path == name for path, _ in model.named_modules())

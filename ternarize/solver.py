@@ -1,0 +1,273 @@
+"""Fit one weight: statistics of its inputs and a recipe in, a TernaryTensor out. Pure, and vectorised over rows.
+
+The rows of a weight never look at each other, so any split of them gives the same answer; only the statistics are
+shared. Columns are visited one by one, in descending curvature, while groups stay where they lie in memory ("static
+groups"), so no permutation has to be stored.
+
+Shapes: O out features, I in features, S group size, G groups in a row, N calibration tokens.
+With X^ [N, I] the inputs that the linear gets behind the ternary prefix, and X [N, I] those behind the teacher's:
+
+    second_moment  H = X^' X^ / N      [I, I]
+    cross_moment   C = X^' X  / N      [I, I]        (X^' is the transpose)
+    error          ||X^ What' - X W'||^2 / ||X W'||^2
+
+Sources: GPTQ (arXiv 2210.17323) for the error feedback and the Cholesky form; PT2-LLM (arXiv 2510.03267, section 3.3)
+for the refit with frozen codes, here for all groups of a row together; QEP (arXiv 2504.09629) for the correction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import TernarizeError
+from ternarize.grids import fit_grid, nearest
+from ternarize.recipe import Recipe
+from ternarize.tensor import TernaryTensor, expand_groups, group_count
+
+COLUMN_BLOCK = 64  # columns whose feedback is applied to the rest of the row in one product
+REFIT_RIDGE = 1e-4  # pull of the refit towards the values it starts from, as a share of the diagonal
+REFIT_FLOATS = 1 << 25  # most floats that one chunk of the refit holds (128 MiB)
+SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
+
+
+@dataclass(frozen=True)
+class LinearStatistics:
+    """What calibration knows about the inputs of one linear.
+
+    Args:
+        second_moment: float32 [I, I], X^' X^ / N: accumulated in float32, since sums in bfloat16 lose definiteness.
+        cross_moment: float32 [I, I], X^' X / N, or None where student and teacher saw different tokens (experts).
+        teacher_energy: ||X W'||^2 / N, the error's denominator; None as above. Linears that read the same input share
+            everything but this.
+        tokens: N.
+    """
+
+    second_moment: Tensor
+    cross_moment: Tensor | None
+    teacher_energy: float | None
+    tokens: int
+
+
+def fit(weight: Tensor, statistics: LinearStatistics | None, recipe: Recipe) -> TernaryTensor:
+    """Ternarize one weight.
+
+    Args:
+        weight: float [O, I], finite.
+        statistics: of the linear's inputs; None fits without data: the grid under equal weights, nearest codes.
+        recipe: which steps to take.
+
+    Returns:
+        The ternary weight, scale and shift already rounded to their stored form (fp16).
+
+    Raises:
+        TernarizeError: the second moment is not positive definite even when damped.
+    """
+    weight = weight.float()
+    in_features = weight.shape[1]
+    group_size = min(recipe.group_size or in_features, in_features)
+    if statistics is None or not recipe.needs_statistics:
+        scale, shift = fit_grid(weight, weight.new_ones(in_features), group_size, recipe.grid)
+        scale, shift = _stored(scale), _stored(shift)
+        trits = nearest(
+            weight, expand_groups(scale, in_features, group_size), expand_groups(shift, in_features, group_size)
+        )
+        return _ternary(trits, scale, shift, group_size, recipe)
+
+    target = weight
+    damped = _damp(statistics.second_moment, recipe.damping)
+    order = _processing_order(damped, recipe.order)
+    factor = inverse_factor(damped[order][:, order])  # U [I, I] in processing order
+    if recipe.correction and statistics.cross_moment is not None:
+        target = correct_for_prefix(weight, statistics, damped, recipe.correction)
+
+    importance = weight.new_ones(in_features)
+    if recipe.curvature:
+        importance[order] = factor.diagonal() ** -2
+    scale, shift = fit_grid(target, importance, group_size, recipe.grid)
+    scale, shift = _stored(scale), _stored(shift)
+    scale_I = expand_groups(scale, in_features, group_size)
+    shift_I = expand_groups(shift, in_features, group_size)
+    if recipe.feedback:
+        trits = torch.empty_like(target)
+        trits[:, order] = round_with_feedback(target[:, order], scale_I[:, order], shift_I[:, order], factor)
+    else:
+        trits = nearest(target, scale_I, shift_I)
+    if recipe.refit:
+        scale, shift, trits = refit(target, trits, scale, shift, damped, group_size, with_shift=recipe.grid == "dlt")
+    return _ternary(trits, _stored(scale), _stored(shift), group_size, recipe)
+
+
+def round_with_feedback(weight: Tensor, scale: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Choose trits column by column, each column's error pushed on to the columns not yet visited.
+
+    Args:
+        weight, scale, shift: [O, I], columns already in processing order; scale and shift one value per weight.
+        factor: [I, I], upper Cholesky factor U of H^-1 = U' U in the same order.
+
+    Returns:
+        trits [O, I] in weight's dtype. GPTQ, algorithm 1, without its block-wise grid: groups are static.
+    """
+    remaining = weight.t().contiguous()  # [I, O]: a column of the weight is one contiguous row
+    scale, shift = scale.t().contiguous(), shift.t().contiguous()
+    trits = torch.empty_like(remaining)
+    for start in range(0, remaining.shape[0], COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, remaining.shape[0])
+        block = remaining[start:stop].clone()
+        error = torch.empty_like(block)
+        inner = factor[start:stop, start:stop]
+        for j in range(stop - start):
+            column = start + j
+            trits[column] = nearest(block[j], scale[column], shift[column])
+            level = scale[column] * trits[column] + shift[column]
+            error[j] = (block[j] - level) / inner[j, j]
+            if j + 1 < stop - start:
+                block[j + 1 :].addr_(inner[j, j + 1 :], error[j], alpha=-1)
+        remaining[stop:].addmm_(factor[start:stop, stop:].t(), error, alpha=-1)
+    return trits.t().contiguous()
+
+
+def refit(
+    target: Tensor, trits: Tensor, scale: Tensor, shift: Tensor, moment: Tensor, group_size: int, with_shift: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve all scales and shifts of each row together, codes frozen, under the full second moment.
+
+    Minimises (w - A p)' H (w - A p) per row, where p holds the row's 2G scales and shifts, and A [I, 2G] spreads them
+    over the columns (trits in the scales' columns, ones in the shifts'). A ridge draws p to where it started, so a
+    group whose trits are all alike, where scale and shift cannot be told apart, stays put.
+
+    Args:
+        target, trits: [O, I]; scale, shift: [O, G], the start; moment: H [I, I].
+        with_shift: False solves the scales alone.
+
+    Returns:
+        scale [O, G], positive; shift [O, G]; trits [O, I], negated in the groups whose solved scale was negative.
+    """
+    out_features, in_features = trits.shape
+    groups = scale.shape[1]
+    unknowns = 2 * groups if with_shift else groups
+    chunk = max(1, min(out_features, REFIT_FLOATS // (unknowns * max(in_features, unknowns))))
+    group = torch.arange(in_features, device=trits.device) // group_size
+    member = torch.nn.functional.one_hot(group, groups).to(trits.dtype)  # [I, G]
+    ones_moment = moment @ member  # H 1_g, [I, G]
+    scales, shifts = torch.empty_like(scale), shift.clone()
+    for rows in torch.arange(out_features, device=trits.device).split(chunk):
+        t, w = trits[rows], target[rows]
+        basis_moment = _grouped(t, moment, group)  # T_b H, [R, G, I]
+        scale_scale = (basis_moment * t[:, None, :]) @ member  # T_b H T_b', [R, G, G]
+        w_moment = w @ moment  # [R, I]
+        right = (w_moment * t) @ member  # [R, G]
+        start = scale[rows]
+        matrix = scale_scale
+        if with_shift:
+            scale_shift = basis_moment @ member
+            shift_shift = (member.t() @ ones_moment).expand(len(rows), -1, -1)
+            matrix = torch.cat(
+                [
+                    torch.cat([scale_scale, scale_shift], dim=2),
+                    torch.cat([scale_shift.transpose(1, 2), shift_shift], dim=2),
+                ],
+                dim=1,
+            )
+            right = torch.cat([right, w_moment @ member], dim=1)
+            start = torch.cat([start, shift[rows]], dim=1)
+        matrix, right, start = matrix.double(), right.double(), start.double()
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        ridge = REFIT_RIDGE * diagonal.clamp(min=float(diagonal.mean()) * 1e-6 + 1e-30)
+        solution = torch.linalg.solve(matrix + torch.diag_embed(ridge), right + ridge * start).to(scale.dtype)
+        scales[rows] = solution[:, :groups]
+        if with_shift:
+            shifts[rows] = solution[:, groups:]
+    negative = scales < 0
+    flip = expand_groups(torch.where(negative, -1.0, 1.0).to(trits.dtype), in_features, group_size)
+    return scales.abs().clamp(min=SMALLEST_SCALE), shifts, trits * flip
+
+
+def _grouped(trits: Tensor, moment: Tensor, group: Tensor) -> Tensor:
+    """T_b H for every group b of every row, [R, G, I]; each group only touches its own rows of H."""
+    bounds = torch.bincount(group).tolist()
+    parts = zip(trits.split(bounds, dim=1), moment.split(bounds, dim=0), strict=True)
+    return torch.stack([t @ rows for t, rows in parts], dim=1)
+
+
+def correct_for_prefix(weight: Tensor, statistics: LinearStatistics, damped: Tensor, strength: float) -> Tensor:
+    """The weight that makes up, from the student's inputs, for the error that the ternary prefix left in them.
+
+    QEP, eq. 8: W* = W + strength * W (X - X^)' X^ (X^' X^)^-1, so W* X^ is near W X.
+    """
+    assert statistics.cross_moment is not None
+    difference = statistics.cross_moment - statistics.second_moment  # X^' (X - X^) / N
+    step = torch.cholesky_solve(difference @ weight.t(), torch.linalg.cholesky(damped))  # [I, O]
+    return weight + strength * step.t()
+
+
+def relative_error(weight: Tensor, fitted: Tensor, statistics: LinearStatistics | None) -> float:
+    """||X^ What' - X W'||^2 / ||X W'||^2 over the calibration tokens, no unit; over the weights without statistics.
+
+    Args:
+        weight, fitted: float [O, I].
+    """
+    if statistics is None:
+        return float((fitted - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+
+    def energy(a: Tensor, moment: Tensor, b: Tensor) -> float:
+        return float(((a @ moment) * b).sum(dtype=torch.float64))
+
+    if statistics.cross_moment is None or statistics.teacher_energy is None:
+        difference = fitted - weight
+        own = energy(weight, statistics.second_moment, weight)
+        return energy(difference, statistics.second_moment, difference) / max(own, 1e-30)
+    own = statistics.teacher_energy
+    squared = energy(fitted, statistics.second_moment, fitted) - 2 * energy(fitted, statistics.cross_moment, weight)
+    return max(squared + own, 0.0) / max(own, 1e-30)
+
+
+def inverse_factor(moment: Tensor) -> Tensor:
+    """U [I, I], upper, with moment^-1 = U' U.
+
+    Raises:
+        TernarizeError: `moment` is not positive definite in float32.
+    """
+    lower, fault = torch.linalg.cholesky_ex(moment)
+    if int(fault) == 0:
+        upper, fault = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if int(fault) == 0:
+            return upper
+    raise TernarizeError(
+        f"the inputs' second moment [{moment.shape[0]}, {moment.shape[0]}] is not positive definite: too few "
+        "calibration tokens, or the model's activations overflow. Raise calibration.samples, or damping."
+    )
+
+
+def _damp(moment: Tensor, damping: float) -> Tensor:
+    """H with a share of its mean diagonal added, so that columns which never fire stay solvable."""
+    mean = moment.diagonal().mean().clamp(min=1e-20)
+    return moment + torch.diag(moment.new_full((moment.shape[0],), float(damping * mean)))
+
+
+def _processing_order(moment: Tensor, order: str) -> Tensor:
+    if order == "natural":
+        return torch.arange(moment.shape[0], device=moment.device)
+    return torch.argsort(moment.diagonal(), descending=True, stable=True)
+
+
+def _stored(value: Tensor) -> Tensor:
+    """The value as the file will hold it: rounded to fp16.
+
+    Raises:
+        TernarizeError: it does not fit in fp16.
+    """
+    rounded = value.half()
+    if not bool(torch.isfinite(rounded).all()):
+        raise TernarizeError(
+            f"a scale or shift of {float(value.abs().max()):.3g} does not fit in fp16 (largest 65504): "
+            "the weight has extreme values. Add this linear to skip in the recipe."
+        )
+    return rounded.float()
+
+
+def _ternary(trits: Tensor, scale: Tensor, shift: Tensor, group_size: int, recipe: Recipe) -> TernaryTensor:
+    scale = scale.clamp(min=SMALLEST_SCALE)
+    return TernaryTensor(trits.to(torch.int8), scale.half(), shift.half() if recipe.grid == "dlt" else None, group_size)

@@ -1,0 +1,77 @@
+"""One ternary weight: trits, scale and shift, and the one formula that joins them.
+
+    weight = scale * trits + shift          trits in {-1, 0, +1}; scale > 0; per row and group of input columns
+
+Shapes: O out features, I in features, S group size, G groups in a row = ceil(I / S); the last group may be short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """G, the number of groups in a row of `in_features` columns; the last one may be short."""
+    return -(-in_features // group_size)
+
+
+def expand_groups(per_group: Tensor, in_features: int, group_size: int) -> Tensor:
+    """Repeat one value per group, [..., G], over the columns of its group, [..., I]."""
+    return per_group.repeat_interleave(group_size, dim=-1)[..., :in_features]
+
+
+@dataclass(frozen=True)
+class TernaryTensor:
+    """A weight in ternary form.
+
+    Args:
+        trits: int8 [O, I], the codes in {-1, 0, +1}.
+        scale: float [O, G], positive, in weight units.
+        shift: float [O, G] in weight units, added after scaling; None where the grid has none.
+        group_size: S, consecutive input columns that share one scale and shift.
+
+    Raises:
+        ValueError: a shape, dtype or value breaks the formula's rules (a bug in the caller, not bad user input).
+    """
+
+    trits: Tensor
+    scale: Tensor
+    shift: Tensor | None
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.trits.dtype != torch.int8 or self.trits.ndim != 2:
+            raise ValueError(f"trits are int8 [O, I], not {self.trits.dtype} {list(self.trits.shape)}")
+        if self.trits.numel() and int(self.trits.abs().max()) > 1:
+            raise ValueError(f"trits lie in -1..1, found {int(self.trits.abs().max())} in magnitude")
+        expected = (self.trits.shape[0], group_count(self.trits.shape[1], self.group_size))
+        for name, value in (("scale", self.scale), ("shift", self.shift)):
+            if value is None and name == "shift":
+                continue
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{name} is [O, G] = {list(expected)}, not {list(value.shape)}")
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} has a NaN or infinite value")
+        if not bool((self.scale > 0).all()):
+            raise ValueError(f"scale is positive, found {float(self.scale.min())}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.trits.shape[0], self.trits.shape[1]
+
+    @property
+    def zero_share(self) -> float:
+        """Share of the trits that are 0, no unit."""
+        return float((self.trits == 0).float().mean())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight, [O, I]: `scale * trits + shift`, computed in float32 and then rounded to `dtype`."""
+        in_features = self.trits.shape[1]
+        weight = expand_groups(self.scale.float(), in_features, self.group_size) * self.trits
+        if self.shift is not None:
+            weight += expand_groups(self.shift.float(), in_features, self.group_size)
+        return weight.to(dtype)

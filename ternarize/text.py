@@ -1,0 +1,370 @@
+"""Text -> windows of token ids, for calibration and for measuring.
+
+Sources, each `NAME` or `NAME@WEIGHT` in a mixture:
+
+    self                       the model writes its own; seeded, cached, needs no download and no licence
+    pydoc                      Python's own manual, on every machine (it differs a little between versions)
+    file.jsonl  file.txt       records with "text" or "messages", or plain text; .gz too
+    owner/name[:config[:split]] a Hub dataset, streamed; its "text" or "messages" column
+
+Shapes: B windows, T tokens in a window.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.utils import logging as transformers_logging
+
+from ternarize.checkpoint import write_tensors
+from ternarize.errors import TernarizeError
+from ternarize.progress import Progress
+from ternarize.sources import cache_folder
+
+Message = dict[str, str]
+Item = str | list[Message]
+READ_AHEAD = 4  # windows are drawn from a pool this many times larger, where the source has as much
+WRITER_BATCH = 64
+WRITER_VERSION = 1  # of the way `write_windows` works: part of the cache's key
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        TernarizeError: the folder has none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise TernarizeError(
+            f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer starts a text with a beginning-of-sequence token."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def fingerprint(ids: Tensor) -> str:
+    """sha256 of token ids [B, T], shape included."""
+    data = f"{list(ids.shape)}".encode() + ids.to(torch.int64).contiguous().numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def split_source(source: str) -> tuple[str, float]:
+    """`NAME@WEIGHT` -> (name, weight); the weight is 1 where none is given.
+
+    Raises:
+        TernarizeError: the weight is not a positive number.
+    """
+    name, at, weight = source.rpartition("@")
+    if not at:
+        return source, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise TernarizeError(
+            f"text source {source!r}: the weight after @ is {weight!r}, but must be a positive number."
+        )
+    return name, value
+
+
+def calibration_windows(
+    sources: tuple[str, ...], folder: Path, samples: int, length: int, seed: int, progress: Progress
+) -> Tensor:
+    """Draw windows from a mixture of sources.
+
+    Args:
+        sources: `NAME` or `NAME@WEIGHT`; samples are shared out by weight.
+        folder: the teacher's checkpoint, for its tokenizer and for `self`.
+        samples, length: B windows of T tokens. A source with less text gives what it has, and the progress says so.
+
+    Returns:
+        int64 [B, T], shuffled.
+
+    Raises:
+        TernarizeError: an unknown or unreadable source, or one too short for a single window.
+    """
+    parsed = [split_source(source) for source in sources]
+    total = sum(weight for _, weight in parsed)
+    tokenizer = load_tokenizer(folder)
+    parts = []
+    for position, (name, weight) in enumerate(parsed):
+        wanted = max(1, round(samples * weight / total))
+        if name == "self":
+            part = self_windows(folder, wanted, length, seed, progress)
+        else:
+            part = draw(windows(read(name), tokenizer, length, READ_AHEAD * wanted, name), wanted, seed + position)
+        if len(part) < wanted:
+            progress.say(f"{name} has text for {len(part)} windows of {length} tokens, not {wanted}; using those.")
+        parts.append(part)
+    ids = torch.cat(parts)
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+
+
+def draw(ids: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` of the windows [B, T], chosen by `seed`."""
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def windows(
+    items: Iterator[Item], tokenizer: PreTrainedTokenizerBase, length: int, most: int, source: str = "the text"
+) -> Tensor:
+    """Tokenize items, join them with the end-of-text token, and cut windows without overlap.
+
+    Each window starts with the beginning-of-sequence token where the tokenizer has that habit.
+
+    Returns:
+        int64 [B, T], B at most `most`; what is left at the end and fills no window is dropped.
+
+    Raises:
+        TernarizeError: no window can be filled.
+    """
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    body = length - len(start)
+    stream: list[int] = []
+    for item in items:
+        text = item if isinstance(item, str) else render_chat(item, tokenizer)
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        if len(stream) >= body * most:
+            break
+    count = min(most, len(stream) // body)
+    if count == 0:
+        raise TernarizeError(
+            f"{source} holds {len(stream)} tokens, too few for one window of {length}. "
+            "Give more text, or a smaller calibration.length."
+        )
+    return torch.tensor([start + stream[i * body : (i + 1) * body] for i in range(count)])
+
+
+def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None) -> Tensor:
+    """One text cut into windows as the quantization papers do: no overlap, the tail dropped, BOS where it is habit.
+
+    Returns:
+        int64 [B, T].
+
+    Raises:
+        TernarizeError: the text does not fill one window.
+    """
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    stream = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    body = length - len(start)
+    count = len(stream) // body
+    if count == 0:
+        raise TernarizeError(
+            f"the evaluation text holds {len(stream)} tokens, too few for one window of {length}. "
+            "Give more text, or a smaller --length."
+        )
+    count = count if most is None else min(count, most)
+    return torch.tensor([start + stream[i * body : (i + 1) * body] for i in range(count)])
+
+
+def read_whole(source: str) -> str:
+    """A source as one text for measuring: WikiText's raw file by the papers' convention, others joined by blank lines.
+
+    WikiText: each line is a row, an all-white line an empty row; rows are joined by two newlines, as in the Hugging
+    Face dataset.
+
+    Raises:
+        TernarizeError: unknown or unreadable.
+    """
+    if "wiki" in Path(source).name and ".jsonl" not in source and Path(source).is_file():
+        lines = _read_text(Path(source)).split("\n")
+        if lines and not lines[-1]:
+            lines.pop()
+        return "\n\n".join("" if not line.strip() else line + "\n" for line in lines)
+    texts = [item if isinstance(item, str) else "\n\n".join(m["content"] for m in item) for item in read(source)]
+    return "\n\n".join(texts)
+
+
+def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation by the model's chat template, or as plain paragraphs where it has none."""
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return "\n\n".join(message["content"] for message in messages)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(source: str) -> Iterator[Item]:
+    """The items of one source other than `self`: texts, or conversations.
+
+    Raises:
+        TernarizeError: unknown, unreadable, or a record without text.
+    """
+    path = Path(source).expanduser()
+    if source == "pydoc":
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+    elif path.is_file():
+        yield from _read_jsonl(path) if ".jsonl" in path.name else iter([_read_text(path)])
+    elif path.suffix or source.startswith((".", "/", "~")):
+        raise TernarizeError(f"text source {source!r}: no such file.")
+    else:
+        yield from _read_hub(source)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise TernarizeError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Item]:
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise TernarizeError(f"{path}, line {number} is not JSON: {error}") from error
+        yield _item(record, f"{path}, line {number}")
+
+
+def _item(record: Any, where: str) -> Item:
+    """A record's text or conversation."""
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        for key in ("messages", "conversations"):
+            messages = record.get(key)
+            if isinstance(messages, list) and all(
+                isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+            ):
+                return [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+        if isinstance(record.get("text"), str):
+            return record["text"]
+    keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+    raise TernarizeError(f'{where} has neither "text" nor "messages" with role and content; found: {keys}.')
+
+
+def _read_hub(source: str) -> Iterator[Item]:
+    from datasets import load_dataset
+
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        dataset = load_dataset(name, config or None, split=split or "train", streaming=True)
+        for record in dataset:
+            yield _item(record, f"dataset {source}")
+    except TernarizeError:
+        raise
+    except Exception as error:  # datasets raises whatever its readers raise; name the source, keep the cause
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TernarizeError(
+            f"text source {source!r} is not self, pydoc or a file, and could not be read as a Hub dataset: {reason} "
+            "Check the spelling or the connection; self needs neither."
+        ) from error
+
+
+# -- the model's own text -----------------------------------------------------------------------------------------------
+
+
+def self_windows(folder: Path, samples: int, length: int, seed: int, progress: Progress) -> Tensor:
+    """Text that the model writes itself, from the cache where it was written before; int64 [B, T]."""
+    from safetensors.torch import load_file
+
+    key = f"{WRITER_VERSION}:{_checkpoint_key(folder)}:{samples}:{length}:{seed}"
+    path = cache_folder() / "self" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    if path.is_file():
+        return load_file(path)["ids"]
+    tokenizer = load_tokenizer(folder)
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if enabled:
+        transformers_logging.enable_progress_bar()
+    ids = write_windows(model, tokenizer, samples, length, seed, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {"ids": ids})
+    return ids
+
+
+def write_windows(
+    model: Any, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int, progress: Progress
+) -> Tensor:
+    """Sample windows from the model: half from a random first token (LLM-QAT, arXiv 2305.17888), half, where the model
+    chats, from the opening of a user's turn (Magpie, arXiv 2406.08464), so that it writes both sides.
+
+    Sampling is at temperature 1 from the 50 likeliest tokens and does not stop at the end of a text.
+
+    Returns:
+        int64 [B, T].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    chat = chat_opening(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([i for i in range(min(len(tokenizer), model.config.vocab_size)) if i not in special])
+    chatting = samples // 2 if chat and len(chat) < length // 2 else 0
+    prompts = [chat] * chatting
+    firsts = ordinary[torch.randint(len(ordinary), (samples - chatting,), generator=generator)]
+    prompts += [[*start, int(token)] for token in firsts]
+
+    parts = []
+    with progress.bar("writing calibration text", total=samples * length, unit="token") as bar:
+        for count in (chatting, samples - chatting):
+            batch, prompts = prompts[:count], prompts[count:]
+            for first in range(0, len(batch), WRITER_BATCH):
+                part = torch.tensor(batch[first : first + WRITER_BATCH])
+                parts.append(_sample(model, part, length, seed + len(parts), bar.update))
+    return torch.cat(parts)
+
+
+def _sample(model: Any, prompt: Tensor, length: int, seed: int, advance: Callable[[int], object]) -> Tensor:
+    class Advance(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            advance(len(ids))
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    advance(prompt.numel())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            temperature=1.0,
+            top_k=50,
+            top_p=1.0,
+            max_length=length,
+            eos_token_id=[],
+            pad_token_id=0,
+            stopping_criteria=[Advance()],
+        )
+
+
+def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens before the first word of a user's turn, or none where the model has no chat template."""
+    if not tokenizer.chat_template:
+        return []
+    mark = "\u2042here\u2042"
+    try:
+        text = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    except Exception:  # a template is a program of the model's author; one that refuses this turn is no error of ours
+        return []
+    return tokenizer(text.partition(mark)[0], add_special_tokens=False)["input_ids"] if mark in text else []
+
+
+def _checkpoint_key(folder: Path) -> str:
+    """Names, sizes and times of a checkpoint's weights and config: cheap, and changes when they do."""
+    files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
+    return ";".join(f"{f.resolve()}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
