@@ -12,6 +12,7 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ def check_skip(skip: tuple[str, ...], names: list[str]) -> None:
             )
 
 
-# -- experts ----------------------------------------------------------------------------------------------------------
+# -- experts -------------------------------------------------------------------------------------------------------
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -174,6 +175,8 @@ class UnfusedExperts(nn.Module):
     Raises:
         UnsupportedModelError: the module does not keep to the contract.
     """
+
+    fused: Any
 
     def __init__(self, fused: nn.Module, name: str) -> None:
         super().__init__()
@@ -226,7 +229,7 @@ class UnfusedExperts(nn.Module):
             result.index_add_(0, token, out.to(result.dtype))
         return result
 
-    def fuse(self) -> nn.Module:
+    def fuse(self) -> Any:
         """The fused module again, its parameters stacked from the experts' float linears."""
         for projection in (self.up_name, "down_proj"):
             modules = [getattr(expert, projection) for expert in self.experts()]

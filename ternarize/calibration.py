@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def _equal(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, (int, float, str, bool, type(None))) and a == b)
 
 
-# -- statistics ---------------------------------------------------------------------------------------------------------
+# -- statistics ----------------------------------------------------------------------------------------------------
 
 
 class _Moments:
@@ -161,7 +161,6 @@ class _Moments:
     def __init__(self, in_features: int, device: torch.device, paired: bool) -> None:
         self.second = torch.zeros(in_features, in_features, device=device)
         self.cross = torch.zeros_like(self.second) if paired else None
-        self.weight = 0.0
         self.tokens = 0
 
 
@@ -172,7 +171,6 @@ def capture(
     linears: dict[str, nn.Module],
     teacher: Walk,
     student: Walk,
-    token_weight: Literal["equal", "norm"],
 ) -> dict[str, LinearStatistics]:
     """Statistics of the inputs of a float block's linears, from the student's prefix; the teacher walks on.
 
@@ -182,7 +180,6 @@ def capture(
 
     Args:
         linears: those that will be ternary, by full name.
-        token_weight: as in Recipe.
 
     Returns:
         {name: statistics}; linears that read the same tensor share theirs. A linear that never ran is not there.
@@ -197,7 +194,6 @@ def capture(
     leader: dict[str, str] = {}
     energy: dict[str, float] = {}
     seen: dict[str, Tensor] = {}  # the student's inputs of this batch
-    weights: dict[str, Tensor] = {}
 
     def student_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
@@ -213,13 +209,7 @@ def capture(
             if own not in moments:
                 moments[own] = _Moments(x_NI.shape[1], x_NI.device, paired)
             sums = moments[own]
-            weight = torch.ones(len(x_NI), 1, device=x.device)
-            if token_weight == "norm":
-                power = x_NI.square().mean(1, keepdim=True)
-                weight = 1 / (power + 1e-6 * power.mean() + 1e-30)
-            weights[name] = weight
-            sums.second.addmm_((x_NI * weight).t(), x_NI)
-            sums.weight += float(weight.sum())
+            sums.second.addmm_(x_NI.t(), x_NI)
             sums.tokens += len(x_NI)
 
         return hook
@@ -229,14 +219,13 @@ def capture(
             own = leader.get(name)
             if own is None or moments[own].cross is None:
                 return
-            weight = weights[own]
             bias = getattr(module, "bias", None)
             out = output if bias is None else output - bias
-            energy[name] = energy.get(name, 0.0) + float((out.reshape(len(weight), -1).square() * weight).sum())
+            energy[name] = energy.get(name, 0.0) + float(out.square().sum(dtype=torch.float64))
             if own == name:
-                x_NI = args[0].reshape(len(weight), -1).float()
-                student_NI = seen[name].reshape(len(weight), -1).float()
-                moments[own].cross.addmm_((student_NI * weight).t(), x_NI)  # type: ignore[union-attr]
+                x_NI = args[0].reshape(-1, args[0].shape[-1]).float()
+                student_NI = seen[name].reshape(x_NI.shape).float()
+                moments[own].cross.addmm_(student_NI.t(), x_NI)  # type: ignore[union-attr]
 
         return hook
 
@@ -245,17 +234,16 @@ def capture(
         _run_hooked(block, linears, student_hook, call, student.hidden[batch])
         teacher.hidden[batch] = _run_hooked(block, linears, teacher_hook, call, teacher.hidden[batch])
         seen.clear()
-        weights.clear()
 
     statistics: dict[str, LinearStatistics] = {}
     shared: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, own in leader.items():
         sums = moments[own]
         if own not in shared:
-            cross = None if sums.cross is None else sums.cross.div_(sums.weight)
-            shared[own] = (sums.second.div_(sums.weight), cross)
+            cross = None if sums.cross is None else sums.cross.div_(sums.tokens)
+            shared[own] = (sums.second.div_(sums.tokens), cross)
         second, cross = shared[own]
-        own_energy = None if cross is None else energy[name] / sums.weight
+        own_energy = None if cross is None else energy[name] / sums.tokens
         statistics[name] = LinearStatistics(second, cross, own_energy, sums.tokens)
     return statistics
 

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -32,6 +30,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ternarize.errors import StoppedError, TernarizeError, UnsupportedModelError
+from ternarize.progress import quiet_transformers
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,7 +138,7 @@ class Checkpoint:
                     files[shard] = stack.enter_context(safe_open(shard, framework="pt"))
                 lazy[name] = files[shard].get_slice(name)
             settings = LoadStateDictConfig(weight_mapping=self._rules, dtype=torch.float32)
-            with _quietly():
+            with quiet_transformers():
                 try:
                     info, _ = convert_and_load_state_dict_in_model(model, lazy, settings)
                 except SafetensorError as error:
@@ -198,7 +197,9 @@ def find_shards(folder: Path) -> list[Path]:
         TernarizeError: none, a shard missing or truncated, or an index that points outside the folder.
     """
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index.is_file():
+    if single.is_file():  # transformers, too, takes the single file where both are there
+        shards = [single]
+    elif index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -210,8 +211,6 @@ def find_shards(folder: Path) -> list[Path]:
                     "A checkpoint's shards lie in its own folder; do not use files from this source."
                 )
         shards = [folder / name for name in names]
-    elif single.is_file():
-        shards = [single]
     else:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = (
@@ -234,7 +233,7 @@ def read_header(shard: Path) -> dict[str, tuple[str, list[int]]]:
     """
     try:
         with safe_open(shard, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise TernarizeError(f"{shard} is truncated or not a safetensors file ({error}). Download it again.") from error
@@ -265,19 +264,7 @@ def _is_target(name: str, patterns: set[str]) -> bool:
     return any(pattern.strip("^$").replace("\\", "") in name for pattern in patterns)
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bar of transformers' own while one block loads."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------------
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -118,7 +118,7 @@ def convert(
             ("bits per weight, whole file", f"{report.bits_per_weight:.3f}"),
             ("mean relative error", f"{report.mean_error:.4f}"),
             ("time", duration(report.run["seconds"])),
-            ("peak memory", size(report.run["peak_memory"])),
+            ("peak memory", size(report.run["peak_memory"]) if report.run["peak_memory"] else "not known here"),
         ]
     )
     typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
@@ -202,18 +202,15 @@ def evaluate(
     if as_json:
         _print_json([result.to_dict() for result in results])
         return
+    rows = _sizes(resolve(folder))
     for result in results:
-        rows = [("text", f"{result.text}, {result.windows} windows of {result.length} tokens")]
-        if result.teacher_perplexity is not None:
-            rows += [
-                ("teacher perplexity", f"{result.teacher_perplexity:.3f}"),
-                ("perplexity", f"{result.perplexity:.3f}"),
-                ("KL to the teacher", f"{result.kl:.4f} nats"),
-                ("same top token", f"{100 * (result.agreement or 0):.1f} %"),
-            ]
-        else:
-            rows += [("perplexity", f"{result.perplexity:.3f}")]
-        _table(rows)
+        reference = "" if result.teacher_perplexity is None else f"{result.teacher_perplexity:.2f}"
+        what = f"{result.text}, {result.windows} x {result.length} tokens"
+        rows.append((f"perplexity ({what})", reference, f"{result.perplexity:.2f}"))
+        if result.kl is not None and result.agreement is not None:
+            rows.append(("KL to the teacher, nats a token", "", f"{result.kl:.3f}"))
+            rows.append(("same likeliest token", "", f"{100 * result.agreement:.1f} %"))
+    _compare(rows)
 
 
 @app.command()
@@ -239,7 +236,9 @@ def generate(
 
     _check_device(device)
     path = resolve(folder)
-    model, tokenizer = load_any(path, device, _dtype(dtype)), load_tokenizer(path)
+    model: Any = load_any(path, device, _dtype(dtype))
+    tokenizer = load_tokenizer(path)
+    inputs: Any
     if chat:
         if not tokenizer.chat_template:
             raise TernarizeError(f"{folder} has no chat template. Leave --chat out.")
@@ -335,13 +334,38 @@ def run() -> None:
         sys.exit(4)
 
 
-# -- printing -----------------------------------------------------------------------------------------------------------
+# -- printing ------------------------------------------------------------------------------------------------------
 
 
 def _table(rows: list[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         typer.echo(f"{label:{width}}  {value}")
+
+
+def _sizes(folder: Path) -> list[tuple[str, str, str]]:
+    """Rows of size and bits, teacher beside student, for a ternarize folder."""
+    from ternarize.report import REPORT_FILE, Report
+
+    if not (folder / REPORT_FILE).is_file():
+        return []
+    report = Report.read(folder)
+    source_bits = 8 * report.source_bytes / report.weights
+    return [
+        ("weight files", size(report.source_bytes), size(report.output_bytes)),
+        ("bits per weight, whole file", f"{source_bits:.2f}", f"{report.bits_per_weight:.2f}"),
+        ("bits per ternary weight", "", f"{report.bits_per_ternary_weight:.2f}"),
+    ]
+
+
+def _compare(rows: list[tuple[str, str, str]]) -> None:
+    """Rows of (what, teacher, student); one model alone has no teacher column."""
+    alone = not any(teacher for _, teacher, _ in rows)
+    width = max(len(label) for label, _, _ in rows)
+    if not alone:
+        typer.echo(f"{'':{width}}  {'teacher':>10}  {'student':>10}")
+    for label, teacher, student in rows:
+        typer.echo(f"{label:{width}}  {student:>10}" if alone else f"{label:{width}}  {teacher:>10}  {student:>10}")
 
 
 def _print_json(value: object) -> None:

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ternarize import hub
 from ternarize.checkpoint import find_shards, write_text
 from ternarize.errors import TernarizeError
-from ternarize.progress import Progress
+from ternarize.progress import Progress, quiet_transformers
 from ternarize.quantizer import load
-from ternarize.report import REPORT_FILE, Report
+from ternarize.report import RECIPE_FILE, REPORT_FILE, Report
 from ternarize.text import draw, evaluation_windows, load_tokenizer, read_whole, self_windows, split_source
 
 LOGIT_CHUNK = 512  # tokens whose float32 distributions are alive at a time
@@ -154,7 +154,7 @@ def save_evaluation(folder: Path, results: list[Evaluation]) -> None:
     rows |= {result.text: result.to_dict() for result in results}
     report.run["evaluation"] = list(rows.values())
     write_text(folder / REPORT_FILE, report.to_json())
-    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8")
     write_text(folder / "README.md", hub.model_card(report, recipe, report.run["evaluation"]))
 
 
@@ -169,6 +169,8 @@ def load_any(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
         raise TernarizeError(f"{folder} is not a checkpoint: it has no config.json.")
     find_shards(folder)
     quantized = "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
-    if quantized:
-        return load(folder, dtype=dtype)[0].to(device).eval()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    with quiet_transformers():
+        model: Any = (
+            load(folder, dtype=dtype)[0] if quantized else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        )
+    return model.to(device).eval()

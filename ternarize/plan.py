@@ -139,7 +139,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         blocks=path,
         block_count=len(blocks),
         ternary=ternary,
-        int8={name: tuple(model.get_submodule(name).weight.shape) for name in int8},  # type: ignore[union-attr, misc]
+        int8={name: _table_shape(model, name) for name in int8},
         kept=kept,
         weights=weights,
         source_bytes=checkpoint.bytes,
@@ -162,13 +162,17 @@ def choose_int8(model: PreTrainedModel, recipe: Recipe, embedding: str | None, h
     """The modules that are stored in int8, by the recipe; a tied head is not among them, it has no table."""
     tied = tied_parameters(model)
     chosen = []
-    if embedding is not None and recipe.embeddings == "int8":
-        if isinstance(model.get_submodule(embedding), nn.Embedding):
-            chosen.append(embedding)
-    if head is not None and recipe.head == "int8" and f"{head}.weight" not in tied:
-        if isinstance(model.get_submodule(head), nn.Linear):
-            chosen.append(head)
+    if embedding and recipe.embeddings == "int8" and isinstance(model.get_submodule(embedding), nn.Embedding):
+        chosen.append(embedding)
+    own_head = head and f"{head}.weight" not in tied
+    if head and own_head and recipe.head == "int8" and isinstance(model.get_submodule(head), nn.Linear):
+        chosen.append(head)
     return chosen
+
+
+def _table_shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
+    rows, columns = model.get_parameter(f"{name}.weight").shape
+    return rows, columns
 
 
 def _kept(
@@ -212,7 +216,7 @@ def _output_bytes(
         groups = group_count(in_features, min(recipe.group_size or in_features, in_features))
         total += out_features * (packed_columns(in_features) + 2 * planes * groups)
     for name in int8:
-        rows, columns = model.get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
+        rows, columns = _table_shape(model, name)
         total += rows * int8_row_bytes(columns, recipe.int8_group_size)
     packed = {f"{name}.weight" for name in [*ternary, *int8]}
     tied = tied_parameters(model)

@@ -76,6 +76,22 @@ class Progress:
                 yield bar
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """None of transformers' own progress bars and warnings while a part is loaded: this package shows its own."""
+    from transformers import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def duration(seconds: float) -> str:
     """`72.4` -> `1 min 12 s`."""
     minutes, rest = divmod(round(seconds), 60)

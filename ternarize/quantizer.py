@@ -38,7 +38,7 @@ class TernarizeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, **fields: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.layout = Layout.from_config({"quant_method": QUANT_METHOD} | fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,8 +81,9 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         if isinstance(dtype, str):  # save_pretrained leaves a name in model.config.dtype
-            dtype = getattr(torch, dtype.removeprefix("torch."))
-        dequantize_modules(model, dtype or model.dtype)
+            dequantize_modules(model, getattr(torch, dtype))
+        else:
+            dequantize_modules(model, dtype or model.dtype)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -116,7 +117,7 @@ def check_names(model: PreTrainedModel, files: list[str]) -> None:
     for name in sorted(expected.keys() & found.keys()):
         dtype, shape = found[name]
         tensor = expected[name]
-        if list(tensor.shape) != shape or _DTYPES.get(tensor.dtype, dtype) != dtype and tensor.dtype == torch.uint8:
+        if list(tensor.shape) != shape or (_DTYPES.get(tensor.dtype, dtype) != dtype and tensor.dtype == torch.uint8):
             wrong.append(f"{name} ({dtype} {shape}, expected {list(tensor.shape)})")
     if missing or unexpected or wrong:
         parts = [

@@ -58,8 +58,6 @@ class Recipe:
         correction: 0..1, how much of the error that the ternary prefix left each linear's weight should undo
             before it is fitted (QEP's alpha, arXiv 2504.09629).
         damping: added to the second moment's diagonal, as a share of its mean.
-        token_weight: what each calibration token counts for in the statistics: "equal", or "norm", the inverse of
-            its input's mean square, so that a few massive activations do not decide.
         embeddings: "int8" or "keep" for the input embedding.
         head: "int8" or "keep" for the output head (a tied head follows the embedding).
         int8_group_size: columns that share an int8 scale.
@@ -79,7 +77,6 @@ class Recipe:
     refit: bool = True
     correction: float = 0.0
     damping: float = 0.01
-    token_weight: Literal["equal", "norm"] = "equal"
     embeddings: Literal["int8", "keep"] = "int8"
     head: Literal["int8", "keep"] = "int8"
     int8_group_size: int = 64
@@ -183,7 +180,8 @@ def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
     for key, value in values.items():
         if key not in hints:
             raise TernarizeError(
-                f"{where}: unknown key {prefix + str(key)!r}{_nearest(str(key), hints)}. Known keys: {', '.join(hints)}."
+                f"{where}: unknown key {prefix + str(key)!r}{_nearest(str(key), hints)}. "
+                f"Known keys: {', '.join(hints)}."
             )
         known[key] = _convert(value, hints[key], where, prefix + key)
     return cls(**known)

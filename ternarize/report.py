@@ -10,6 +10,7 @@ from typing import Any
 from ternarize.errors import TernarizeError
 
 REPORT_FILE = "report.json"
+RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ class TernaryLinear(nn.Module):
     Buffers: `weight` uint8 [O, ceil(I / 5)], `scale` and `shift` fp16 [O, G].
     """
 
+    weight: Tensor
+    scale: Tensor
     shift: Tensor | None
 
     def __init__(
@@ -70,12 +72,26 @@ class TernaryLinear(nn.Module):
     @classmethod
     def from_tensor(cls, tensor: TernaryTensor, bias: Tensor | None = None) -> TernaryLinear:
         """Pack a fitted weight; scale and shift are stored in fp16."""
-        out_features, in_features = tensor.shape
-        linear = cls(
-            in_features, out_features, tensor.group_size, tensor.shift is not None, bias is not None, device="meta"
+        shift = None if tensor.shift is None else tensor.shift.half()
+        return cls.from_packed(
+            tensor.shape, tensor.group_size, pack_trits(tensor.trits), tensor.scale.half(), shift, bias
         )
-        linear.weight, linear.scale = pack_trits(tensor.trits), tensor.scale.half()
-        linear.shift = None if tensor.shift is None else tensor.shift.half()
+
+    @classmethod
+    def from_packed(
+        cls,
+        shape: tuple[int, int],
+        group_size: int | None,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> TernaryLinear:
+        """From the tensors of a file (see `format`); shape is (O, I)."""
+        out_features, in_features = shape
+        size = min(group_size or in_features, in_features)
+        linear = cls(in_features, out_features, size, shift is not None, bias is not None, device="meta")
+        linear.weight, linear.scale, linear.shift = weight, scale, shift
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return linear
@@ -117,6 +133,7 @@ class Int8Embedding(nn.Module):
         multiplier: what the module that it replaces put on each row (Gemma's sqrt(H)).
     """
 
+    weight: Tensor
     anchor: Tensor
 
     def __init__(
@@ -139,7 +156,8 @@ class Int8Embedding(nn.Module):
     @classmethod
     def from_weight(cls, weight: Tensor, group_size: int, multiplier: float = 1.0) -> Int8Embedding:
         """Quantize a float table [V, H]."""
-        embedding = cls(*weight.shape, group_size, multiplier, device="meta")
+        rows, columns = weight.shape
+        embedding = cls(rows, columns, group_size, multiplier, device="meta")
         embedding.weight = quantize_int8(weight, group_size)
         embedding.anchor = torch.empty(0, dtype=weight.dtype, device=weight.device)
         return embedding
@@ -157,6 +175,8 @@ class Int8Embedding(nn.Module):
 class Int8Head(nn.Module):
     """y = x W' + bias with an int8 table of its own."""
 
+    weight: Tensor
+
     def __init__(
         self, rows: int, columns: int, group_size: int, bias: bool = False, device: torch.device | str | None = None
     ) -> None:
@@ -169,7 +189,8 @@ class Int8Head(nn.Module):
     @classmethod
     def from_weight(cls, weight: Tensor, group_size: int, bias: Tensor | None = None) -> Int8Head:
         """Quantize a float head [V, H]."""
-        head = cls(*weight.shape, group_size, bias is not None, device="meta")
+        rows, columns = weight.shape
+        head = cls(rows, columns, group_size, bias is not None, device="meta")
         head.weight = quantize_int8(weight, group_size)
         if bias is not None:
             head.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -187,6 +208,8 @@ class Int8Head(nn.Module):
 class TiedInt8Head(nn.Module):
     """The output head of a model that uses its embedding's table; owns nothing but a bias."""
 
+    embedding: Int8Embedding
+
     def __init__(self, embedding: Int8Embedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.__dict__["embedding"] = embedding  # not a child: the table is stored once, by the embedding
@@ -198,7 +221,7 @@ class TiedInt8Head(nn.Module):
         return kernels.int8_linear(x, self.embedding.weight.to(x.device), self.bias, self.embedding.group_size)
 
 
-# -- a whole model ----------------------------------------------------------------------------------------------------
+# -- a whole model -------------------------------------------------------------------------------------------------
 
 
 def replace_float_modules(model: nn.Module, layout: Layout) -> None:
@@ -251,7 +274,8 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
             replace_module(model, name, _float_linear(module.dequantize(), module.bias, dtype, conv1d))
         elif isinstance(module, Int8Embedding):
             table = module.dequantize().to(dtype)
-            embedding = ScaledEmbedding(*table.shape, module.multiplier, device="meta")
+            rows, columns = table.shape
+            embedding = ScaledEmbedding(rows, columns, module.multiplier, device="meta")
             embedding.weight = nn.Parameter(table, requires_grad=False)
             replace_module(model, name, embedding)
             for head_name, head in list(model.named_modules()):

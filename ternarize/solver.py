@@ -25,7 +25,7 @@ from torch import Tensor
 from ternarize.errors import TernarizeError
 from ternarize.grids import fit_grid, nearest
 from ternarize.recipe import Recipe
-from ternarize.tensor import TernaryTensor, expand_groups, group_count
+from ternarize.tensor import TernaryTensor, expand_groups
 
 COLUMN_BLOCK = 64  # columns whose feedback is applied to the rest of the row in one product
 REFIT_RIDGE = 1e-4  # pull of the refit towards the values it starts from, as a share of the diagonal

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ternarize.errors import TernarizeError
+from ternarize.progress import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,15 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
 def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
     try:
@@ -162,7 +170,7 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -184,7 +192,8 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
-        model.save_pretrained(partial)
+        with quiet_transformers():
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         os.replace(partial, folder)
     except OSError as error:

@@ -48,8 +48,9 @@ class TernaryTensor:
         if self.trits.numel() and int(self.trits.abs().max()) > 1:
             raise ValueError(f"trits lie in -1..1, found {int(self.trits.abs().max())} in magnitude")
         expected = (self.trits.shape[0], group_count(self.trits.shape[1], self.group_size))
-        for name, value in (("scale", self.scale), ("shift", self.shift)):
-            if value is None and name == "shift":
+        named: list[tuple[str, Tensor | None]] = [("scale", self.scale), ("shift", self.shift)]
+        for name, value in named:
+            if value is None:  # a grid without shift
                 continue
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name} is [O, G] = {list(expected)}, not {list(value.shape)}")

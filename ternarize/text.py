@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.utils import logging as transformers_logging
 
 from ternarize.checkpoint import write_tensors
 from ternarize.errors import TernarizeError
-from ternarize.progress import Progress
+from ternarize.progress import Progress, quiet_transformers
 from ternarize.sources import cache_folder
 
 Message = dict[str, str]
@@ -198,7 +197,7 @@ def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> 
     return "\n\n".join(message["content"] for message in messages)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------------
 
 
 def read(source: str) -> Iterator[Item]:
@@ -275,7 +274,7 @@ def _read_hub(source: str) -> Iterator[Item]:
         ) from error
 
 
-# -- the model's own text -----------------------------------------------------------------------------------------------
+# -- the model's own text ------------------------------------------------------------------------------------------
 
 
 def self_windows(folder: Path, samples: int, length: int, seed: int, progress: Progress) -> Tensor:
@@ -287,11 +286,8 @@ def self_windows(folder: Path, samples: int, length: int, seed: int, progress: P
     if path.is_file():
         return load_file(path)["ids"]
     tokenizer = load_tokenizer(folder)
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if enabled:
-        transformers_logging.enable_progress_bar()
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = write_windows(model, tokenizer, samples, length, seed, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {"ids": ids})
@@ -319,7 +315,7 @@ def write_windows(
     firsts = ordinary[torch.randint(len(ordinary), (samples - chatting,), generator=generator)]
     prompts += [[*start, int(token)] for token in firsts]
 
-    parts = []
+    parts: list[Tensor] = []
     with progress.bar("writing calibration text", total=samples * length, unit="token") as bar:
         for count in (chatting, samples - chatting):
             batch, prompts = prompts[:count], prompts[count:]
@@ -366,5 +362,5 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _checkpoint_key(folder: Path) -> str:
     """Names, sizes and times of a checkpoint's weights and config: cheap, and changes when they do."""
-    files = sorted(folder.glob("*.safetensors")) + [folder / "config.json"]
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     return ";".join(f"{f.resolve()}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)

@@ -1,0 +1,167 @@
+"""The folder OUT.partial beside OUT, where a conversion's work is kept until it is complete.
+
+    OUT.partial/
+      state.json               the arguments, so that a continuation with others is refused
+      calibration.safetensors  the token ids, fixed by the first run
+      outside.safetensors      what lies outside the blocks
+      block-00000.safetensors  one part per finished block; its .json is written after it and makes it count
+      final/                   the finished folder, renamed to OUT
+
+A part is durable before the next is begun, so a run that is killed at any point loses one block's work at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ternarize.checkpoint import INDEX_FILE, SINGLE_FILE, sync_folder, write_tensors, write_text
+from ternarize.errors import TernarizeError
+from ternarize.report import LinearReport
+
+SHARD_BYTES = 1_000_000_000  # a shard is assembled in memory, so it stays small
+OUTSIDE = "outside"
+
+
+class Workspace:
+    """OUT.partial and what may be done with it.
+
+    Args:
+        output: OUT.
+        resume: go on with what is there.
+        force: replace OUT at the end, and forget what is there.
+
+    Raises:
+        TernarizeError: OUT holds something, or an interrupted conversion waits there, and neither flag says what to do.
+    """
+
+    def __init__(self, output: Path, resume: bool = False, force: bool = False) -> None:
+        self.output = output.resolve()
+        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.final = self.folder / "final"
+        self.resume = resume
+        if output.is_file():
+            raise TernarizeError(f"{output} is a file. Choose another --output.")
+        if output.is_dir() and any(output.iterdir()) and not force:
+            raise TernarizeError(
+                f"{output} exists and is not empty. Choose another --output, or --force to replace it."
+            )
+        if (self.folder / "state.json").exists() and not (resume or force):
+            raise TernarizeError(
+                f"{self.folder} holds an interrupted conversion. "
+                "Add --resume to go on with it, or --force to start over."
+            )
+
+    def open(self, arguments: dict[str, Any]) -> None:
+        """Start afresh, or check that an interrupted conversion had the same arguments.
+
+        Raises:
+            TernarizeError: it had others; each difference is named.
+        """
+        state = self.folder / "state.json"
+        if self.resume and state.exists():
+            before = json.loads(state.read_text(encoding="utf-8"))
+            differences = [
+                f"{key}: {before.get(key)!r} then, {arguments.get(key)!r} now"
+                for key in sorted(before.keys() | arguments.keys())
+                if before.get(key) != arguments.get(key)
+            ]
+            if differences:
+                raise TernarizeError(
+                    f"{self.folder} was started with other arguments ({'; '.join(differences)}). "
+                    "Resume with those, or use --force to start over."
+                )
+            return
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        write_text(state, json.dumps(arguments, indent=1))
+
+    @property
+    def calibration(self) -> Path:
+        """Where the token ids are kept."""
+        return self.folder / "calibration.safetensors"
+
+    @staticmethod
+    def block(index: int) -> str:
+        """The name of a block's part."""
+        return f"block-{index:05d}"
+
+    def has(self, part: str) -> bool:
+        """Whether a part is durably on disk: its entries are written last."""
+        return (self.folder / f"{part}.json").exists()
+
+    def write(self, part: str, tensors: dict[str, Tensor], entries: list[LinearReport]) -> None:
+        """Make one part durable.
+
+        Raises:
+            StoppedError: the disk is full; earlier parts are safe.
+        """
+        write_tensors(self.folder / f"{part}.safetensors", tensors)
+        write_text(self.folder / f"{part}.json", json.dumps([asdict(entry) for entry in entries]))
+
+    def read(self, part: str) -> tuple[dict[str, Tensor], list[LinearReport]]:
+        """A part's tensors and entries."""
+        entries = json.loads((self.folder / f"{part}.json").read_text(encoding="utf-8"))
+        tensors = load_file(self.folder / f"{part}.safetensors")
+        return tensors, [LinearReport(**(entry | {"shape": tuple(entry["shape"])})) for entry in entries]
+
+    def start_final(self) -> int:
+        """Make `final` anew with the weight files in it; returns their bytes."""
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.final.mkdir()
+        parts = [self.folder / f"{OUTSIDE}.safetensors", *sorted(self.folder.glob("block-*.safetensors"))]
+        return write_shards(self.final, parts)
+
+    def publish(self) -> None:
+        """Put `final` in OUT's place in one rename, and clean up."""
+        old = self.output.with_name(self.output.name + ".replaced")
+        if self.output.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            os.rename(self.output, old)
+        os.rename(self.final, self.output)
+        sync_folder(self.output.parent)
+        shutil.rmtree(self.folder)
+        if old.exists():
+            shutil.rmtree(old)
+
+    def stopped(self, why: str) -> str:
+        """What to tell the user when the work ends early."""
+        done = len(list(self.folder.glob("block-*.json"))) if self.folder.exists() else 0
+        return f"{why}: {done} blocks are safe in {self.folder}. Run the same command with --resume to go on."
+
+
+def write_shards(folder: Path, parts: list[Path]) -> int:
+    """Copy the tensors of `parts` into shards of at most `SHARD_BYTES` with an index; returns the files' bytes."""
+    groups: list[list[Path]] = [[]]
+    filled = 0
+    for part in parts:
+        if groups[-1] and filled + part.stat().st_size > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(part)
+        filled += part.stat().st_size
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for part in group:
+            with safe_open(part, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        weight_map |= dict.fromkeys(tensors, name)
+        write_tensors(folder / name, tensors)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / INDEX_FILE, json.dumps(index, indent=1))
+    return total
