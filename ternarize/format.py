@@ -43,6 +43,7 @@ A reader refuses versions and packings that it does not know. Version 1 will sta
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,16 +94,21 @@ class Layout:
                 "Upgrade with: pip install --upgrade ternarize"
             )
         try:
+            kept = config["kept"]
+            if type(config["blocks"]) is not str or type(kept) not in (list, tuple) or {type(n) for n in kept} - {str}:
+                raise TypeError("blocks is a module's name, and kept a list of them")
             layout = cls(
                 blocks=config["blocks"],
                 group_size=config["group_size"],
                 shift=config["shift"],
-                kept=tuple(config["kept"]),
+                kept=tuple(kept),
                 int8={name: float(value) for name, value in config["int8"].items()},
                 int8_group_size=config["int8_group_size"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"config.json's quantization_config is incomplete or damaged: {error!r}") from error
+        if not all(math.isfinite(multiplier) for multiplier in layout.int8.values()):
+            raise FormatError(f"config.json's int8 has multipliers that are not finite: {layout.int8!r}.")
         sizes = [layout.int8_group_size] + ([] if layout.group_size is None else [layout.group_size])
         if not all(type(size) is int and size >= 1 for size in sizes) or type(layout.shift) is not bool:
             raise FormatError(

@@ -112,5 +112,6 @@ def int8_row_bytes(columns: int, group_size: int) -> int:
 def dequantize_int8(packed: Tensor, columns: int, group_size: int) -> Tensor:
     """uint8 records [..., H + 2 G] -> float32 [..., H]."""
     codes = packed[..., :columns].contiguous().view(torch.int8)
-    scale = packed[..., columns:].contiguous().view(torch.float16)
+    # A copy even of a single record: a view of two bytes as one fp16 must start at an even place.
+    scale = packed[..., columns:].clone(memory_format=torch.contiguous_format).view(torch.float16)
     return codes * expand_groups(scale.float(), columns, group_size)

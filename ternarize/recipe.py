@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Recipe:
     order: Literal["curvature", "natural"] = "curvature"
     curvature: bool = True
     refit: bool = True
-    correction: float = 0.0
+    correction: float = 0.5
     damping: float = 0.01
     embeddings: Literal["int8", "keep"] = "int8"
     head: Literal["int8", "keep"] = "int8"
@@ -118,7 +119,7 @@ class Recipe:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise TernarizeError(f"recipe {path}: {error.strerror or error}. Check the path.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise TernarizeError(f"recipe {path} is not valid YAML: {error}") from error
         return cls.from_dict(values if values is not None else {}, where=f"recipe {path}")
 
@@ -154,7 +155,7 @@ class Recipe:
                 target = inner
             try:
                 target[last] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError) as error:
                 raise TernarizeError(f"setting {setting!r}: {text!r} is not a YAML value: {error}") from error
         return self.from_dict(values, where="settings")
 
@@ -174,7 +175,8 @@ def shipped() -> list[str]:
 
 def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise TernarizeError(f"{where}: expected keys and values, found {values!r}")
+        key = f"{prefix.rstrip('.')}: " if prefix else ""
+        raise TernarizeError(f"{where}: {key}expected keys and values, found {values!r}")
     hints = typing.get_type_hints(cls)
     known: dict[str, Any] = {}
     for key, value in values.items():
@@ -207,6 +209,8 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
         expected = "a list of strings"
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
+    elif hint is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
+        return float(value)  # 1e-3 is a number to everyone but YAML 1.1
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     else:

@@ -110,7 +110,7 @@ def round_with_feedback(weight: Tensor, scale: Tensor, shift: Tensor, factor: Te
     Returns:
         trits [O, I] in weight's dtype. GPTQ, algorithm 1, without its block-wise grid: groups are static.
     """
-    remaining = weight.t().contiguous()  # [I, O]: a column of the weight is one contiguous row
+    remaining = weight.t().clone(memory_format=torch.contiguous_format)  # [I, O]: a column is one contiguous row
     scale, shift = scale.t().contiguous(), shift.t().contiguous()
     trits = torch.empty_like(remaining)
     for start in range(0, remaining.shape[0], COLUMN_BLOCK):
@@ -175,7 +175,7 @@ def refit(
             start = torch.cat([start, shift[rows]], dim=1)
         matrix, right, start = matrix.double(), right.double(), start.double()
         diagonal = matrix.diagonal(dim1=1, dim2=2)
-        ridge = REFIT_RIDGE * diagonal.clamp(min=float(diagonal.mean()) * 1e-6 + 1e-30)
+        ridge = REFIT_RIDGE * diagonal.maximum(diagonal.mean(1, keepdim=True) * 1e-6 + 1e-30)
         solution = torch.linalg.solve(matrix + torch.diag_embed(ridge), right + ridge * start).to(scale.dtype)
         scales[rows] = solution[:, :groups]
         if with_shift:

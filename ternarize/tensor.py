@@ -45,8 +45,11 @@ class TernaryTensor:
     def __post_init__(self) -> None:
         if self.trits.dtype != torch.int8 or self.trits.ndim != 2:
             raise ValueError(f"trits are int8 [O, I], not {self.trits.dtype} {list(self.trits.shape)}")
-        if self.trits.numel() and int(self.trits.abs().max()) > 1:
-            raise ValueError(f"trits lie in -1..1, found {int(self.trits.abs().max())} in magnitude")
+        if self.group_size < 1:
+            raise ValueError(f"group_size is at least 1, not {self.group_size}")
+        largest = int(self.trits.short().abs().max()) if self.trits.numel() else 0  # |-128| is no int8
+        if largest > 1:
+            raise ValueError(f"trits lie in -1..1, found {largest} in magnitude")
         expected = (self.trits.shape[0], group_count(self.trits.shape[1], self.group_size))
         named: list[tuple[str, Tensor | None]] = [("scale", self.scale), ("shift", self.shift)]
         for name, value in named:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,10 @@ def calibration_windows(
         TernarizeError: an unknown or unreadable source, or one too short for a single window.
     """
     parsed = [split_source(source) for source in sources]
-    total = sum(weight for _, weight in parsed)
+    shares = share_out(samples, [weight for _, weight in parsed])
     tokenizer = load_tokenizer(folder)
     parts = []
-    for position, (name, weight) in enumerate(parsed):
-        wanted = max(1, round(samples * weight / total))
+    for position, ((name, _), wanted) in enumerate(zip(parsed, shares, strict=True)):
         if name == "self":
             part = self_windows(folder, wanted, length, seed, progress)
         else:
@@ -111,6 +111,17 @@ def calibration_windows(
         parts.append(part)
     ids = torch.cat(parts)
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+
+
+def share_out(samples: int, weights: list[float]) -> list[int]:
+    """Whole shares of `samples` by weight, by largest remainder; each at least 1, so no named source is dropped."""
+    exact = [samples * weight / sum(weights) for weight in weights]
+    shares = [max(1, int(share)) for share in exact]
+    while sum(shares) < samples:
+        shares[max(range(len(shares)), key=lambda i: exact[i] - shares[i])] += 1
+    while sum(shares) > samples and max(shares) > 1:
+        shares[max(range(len(shares)), key=lambda i: (shares[i] > 1, shares[i] - exact[i]))] -= 1
+    return shares
 
 
 def draw(ids: Tensor, count: int, seed: int) -> Tensor:
@@ -181,8 +192,9 @@ def read_whole(source: str) -> str:
     Raises:
         TernarizeError: unknown or unreadable.
     """
-    if "wiki" in Path(source).name and ".jsonl" not in source and Path(source).is_file():
-        lines = _read_text(Path(source)).split("\n")
+    path = Path(source).expanduser()
+    if "wiki" in path.name and ".jsonl" not in path.name and path.is_file():
+        lines = _read_text(path).split("\n")
         if lines and not lines[-1]:
             lines.pop()
         return "\n\n".join("" if not line.strip() else line + "\n" for line in lines)
@@ -223,12 +235,12 @@ def _read_text(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TernarizeError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Item]:
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -248,7 +260,7 @@ def _item(record: Any, where: str) -> Item:
             if isinstance(messages, list) and all(
                 isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
             ):
-                return [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+                return [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in messages]
         if isinstance(record.get("text"), str):
             return record["text"]
     keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__

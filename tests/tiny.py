@@ -1,13 +1,24 @@
-"""Tiny random models of many families, as real checkpoint folders with a real (tiny) tokenizer."""
+"""Tiny random models of many families, as real checkpoint folders with a real (tiny) tokenizer.
+
+Beside them what many tests need: a recipe that fits, a folder's files to compare or to damage, and a slow reader of the
+format, written from its description and not with the package's own packing.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ternarize import Recipe
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -26,6 +37,7 @@ _LLAMA: dict[str, Any] = {
 }
 _HEAD = {"head_dim": 8}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 
 # One small configuration per family: model_type -> config fields.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -62,6 +74,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": _LLAMA | _HEAD | _EXPERTS | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt_oss": _LLAMA | _HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    "deepseek_v3": _LLAMA | _EXPERTS | _LATENT
+    | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "n_layer": 2, "n_head": 4},
+    "modernbert-decoder": _LLAMA | {"global_attn_every_n_layers": 1},
 }  # fmt: skip
 
 
@@ -97,6 +113,10 @@ def make_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
                 parameter.mul_(torch.rand(parameter.shape[-1], generator=generator) * 2 + 0.2)
             else:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        state = model.state_dict()
+        for name, buffer in model.named_buffers():  # DeepSeek's correction of the router
+            if name in state and buffer.is_floating_point():
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -114,3 +134,99 @@ def make_text(path: Path, count: int = 4000, seed: int = 0) -> Path:
     ids = torch.randint(len(letters), (count,), generator=generator).tolist()
     path.write_text("".join(letters[i] for i in ids))
     return path
+
+
+# -- helpers --------------------------------------------------------------------------------------------------------
+
+
+def make_recipe(text: Path, **changes: Any) -> Recipe:
+    """A recipe for tiny models: short groups (the last one of a row shorter still), little text."""
+    calibration = {"text": [str(text)], "samples": 16, "length": 64} | changes.pop("calibration", {})
+    return Recipe.from_dict({"group_size": 12, "int8_group_size": 20, "calibration": calibration} | changes)
+
+
+@torch.no_grad()
+def logits(model: Any, seed: int = 3) -> Tensor:
+    """What a model predicts for fixed random tokens, float32 [1, 40, V]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (1, 40), generator=generator)
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(source, target))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json."""
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return values
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Change fields of config.json."""
+    (folder / "config.json").write_text(json.dumps(read_config(folder) | changes))
+    return folder
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's weight files."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Change the tensors of a folder with one weight file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | dict[str, Any]]:
+    """Every file of a converted folder, the report without what differs from run to run."""
+    files: dict[str, bytes | dict[str, Any]] = {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    report = json.loads((folder / "report.json").read_text())
+    del report["run"]
+    return files | {"report.json": report}
+
+
+def stored_weights(folder: Path) -> dict[str, Tensor]:
+    """The float32 weights that a converted folder stands for, {module name: [rows, columns]}; slow, from the spec.
+
+    Both packings are written down in `ternarize.format` and `ternarize.packing`; nothing of theirs is called here.
+    """
+    tensors = read_tensors(folder)
+    layout = read_config(folder)["quantization_config"]
+    weights = {}
+    for name in sorted(key.removesuffix(".scale") for key in tensors if key.endswith(".scale")):
+        packed, scale, shift = (tensors.get(f"{name}.{part}") for part in ("weight", "scale", "shift"))
+        assert packed is not None
+        assert scale is not None
+        digits = torch.stack([packed.int() // 3**d % 3 - 1 for d in range(5)], dim=-1).flatten(1)
+        columns = _columns(packed.shape[1], scale.shape[1], layout["group_size"], name, folder)
+        group = torch.arange(columns) // (layout["group_size"] or columns)
+        weight = scale.float()[:, group] * digits[:, :columns]
+        weights[name] = weight if shift is None else weight + shift.float()[:, group]
+    for name in layout["int8"]:
+        record, group_size = tensors[f"{name}.weight"], layout["int8_group_size"]
+        groups = next(g for g in range(1, record.shape[1]) if -(-(record.shape[1] - 2 * g) // group_size) == g)
+        columns = record.shape[1] - 2 * groups
+        scales = record[:, columns:].contiguous().view(torch.float16).float()
+        codes = record[:, :columns].contiguous().view(torch.int8).float()
+        weights[name] = codes * scales[:, torch.arange(columns) // group_size]
+    return weights
+
+
+def _columns(packed: int, groups: int, group_size: int | None, name: str, folder: Path) -> int:
+    """Input features of a ternary linear, which the tensors alone leave open by a few: the report says."""
+    report = json.loads((folder / "report.json").read_text())
+    columns: int = next(entry["shape"][1] for entry in report["linears"] if entry["name"] == name)
+    assert -(-columns // 5) == packed
+    assert -(-columns // (group_size or columns)) == groups
+    return columns

@@ -1,10 +1,11 @@
-"""Peak memory of a conversion as the model gets deeper: a block and the calibration activations, not the model.
+"""Peak memory as the model gets deeper: of a conversion (a block and the activations, not the model) and of generating.
 
     python tests/benchmarks/memory.py
 
 Random Llama-shaped checkpoints of the same width and growing depth are written to a temporary folder and converted,
-each in a process of its own, whose peak resident memory the system reports. The first row, of one process that only
-imports the package, is what Python and torch take.
+each in a process of its own, whose peak resident memory the system reports; then each generates 16 tokens from the
+source and from the ternary folder, in bfloat16. The first row, of a process that only imports, is what Python and torch
+take.
 """
 
 from __future__ import annotations
@@ -30,11 +31,20 @@ if len(sys.argv) > 1:
     convert(sys.argv[1], sys.argv[2], recipe, text=["pydoc"], progress=Progress(quiet=True))
 print(peak_memory())
 """
+GENERATE = """
+import sys, torch
+from pathlib import Path
+from ternarize.conversion import peak_memory
+from ternarize.evaluate import load_any
+model = load_any(Path(sys.argv[1]), "cpu", torch.bfloat16)
+model.generate(torch.arange(3, 11)[None], max_new_tokens=16, do_sample=False, pad_token_id=0)
+print(peak_memory())
+"""
 
 
-def peak(*arguments: str) -> int:
-    """Peak memory of a fresh process that converts (or, without arguments, only imports), bytes."""
-    done = subprocess.run([sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True, check=True)
+def peak(program: str, *arguments: str) -> int:
+    """Peak memory of a fresh process that runs `program`, bytes."""
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
@@ -50,8 +60,8 @@ def main() -> None:
     from ternarize.text import load_tokenizer
 
     tokenizer = load_tokenizer(resolve(arguments.tokenizer))
-    print("| blocks | checkpoint | as float32 | peak memory of the conversion |\n| --- | --- | --- | --- |")
-    print(f"| imports only | | | {size(peak())} |", flush=True)
+    print("| blocks | checkpoint, bfloat16 | conversion | generate, source | generate, ternary |")
+    print(f"| --- | --- | --- | --- | --- |\n| imports only | | {size(peak(CONVERT))} | | |", flush=True)
     for depth in arguments.depths:
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -67,8 +77,9 @@ def main() -> None:
             model.save_pretrained(Path(scratch) / "model")
             tokenizer.save_pretrained(Path(scratch) / "model")
             del model
-            used = peak(str(Path(scratch) / "model"), str(Path(scratch) / "out"))
-        print(f"| {depth} | {size(2 * weights)} | {size(4 * weights)} | {size(used)} |", flush=True)
+            source, output = str(Path(scratch) / "model"), str(Path(scratch) / "out")
+            used = [peak(CONVERT, source, output), peak(GENERATE, source), peak(GENERATE, output)]
+        print(f"| {depth} | {size(2 * weights)} | {' | '.join(map(size, used))} |", flush=True)
 
 
 if __name__ == "__main__":

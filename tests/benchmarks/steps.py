@@ -29,9 +29,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "nearest, absmean, one scale a row": {"grid": "absmean", "group_size": None, **DATA_FREE},
     "nearest, absmean, groups": {"grid": "absmean", **DATA_FREE},
     "nearest, DLT grid": DATA_FREE,
-    "+ error feedback, curvature-weighted grid": {"order": "natural", "refit": False},
-    "+ order": {"refit": False},
-    "+ refit": {},
+    "+ error feedback, curvature-weighted grid": {"order": "natural", "refit": False, "correction": 0.0},
+    "+ order": {"refit": False, "correction": 0.0},
+    "+ refit": {"correction": 0.0},
+    "+ correction towards the teacher": {},
 }
 
 

@@ -1,0 +1,76 @@
+"""What all tests share: no network, caches and outputs in temporary folders, and one small conversion to read from.
+
+The environment is set before transformers is imported, which reads it once.
+"""
+
+# ruff: noqa: E402 - imports follow the environment
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_CACHE = Path(tempfile.mkdtemp(prefix="ternarize-tests-"))
+os.environ |= {
+    "HF_HOME": str(_CACHE / "huggingface"),
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TERNARIZE_CACHE": str(_CACHE / "ternarize"),
+    "TOKENIZERS_PARALLELISM": "false",
+    # One thread here and in the processes that tests start: tiny models are faster so, and sums come out the same.
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "200",
+}
+
+import pytest
+import torch
+from tiny import make_checkpoint, make_recipe, make_text
+from transformers.utils import logging
+
+from ternarize import Recipe
+from ternarize.conversion import convert
+from ternarize.progress import Progress
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> Iterator[None]:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file for calibration and measuring."""
+    return make_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def recipe(text: Path) -> Recipe:
+    """A recipe whose sizes fit the tiny models; a conversion with it takes half a second."""
+    return make_recipe(text)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float checkpoint; copy it before changing it."""
+    return make_checkpoint(tmp_path_factory.mktemp("llama") / "llama", chat=True)
+
+
+@pytest.fixture(scope="session")
+def ternary(llama: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama` converted with `recipe`; copy it before changing it."""
+    output = tmp_path_factory.mktemp("ternary") / "ternary"
+    convert(llama, output, recipe, progress=Progress(quiet=True))
+    return output
+
+
+@pytest.fixture
+def quiet() -> Progress:
+    """Says nothing."""
+    return Progress(quiet=True)
