@@ -19,7 +19,7 @@ import platform
 import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def convert(
     check_room(plan, work.output)
     try:
         work.open(_arguments(checkpoint, chosen, device))
-        report = _convert(checkpoint, plan, chosen, work, progress, device, str(source), revision)
+        report = _convert(_Job(checkpoint, plan, chosen, work, progress, device, str(source), revision))
     except KeyboardInterrupt:
         raise StoppedError(work.stopped("stopped")) from None
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
@@ -127,36 +127,43 @@ def convert(
     return report
 
 
-def _convert(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    recipe: Recipe,
-    work: Workspace,
-    progress: Progress,
-    device: str,
-    source: str,
-    revision: str | None,
-) -> Report:
-    ids = _calibration_ids(checkpoint, recipe, work, progress)
+@dataclass(frozen=True)
+class _Job:
+    """What one conversion works with; `source` and `revision` as the user named them."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    recipe: Recipe
+    work: Workspace
+    progress: Progress
+    device: str
+    source: str
+    revision: str | None
+
+
+@torch.no_grad()
+def _convert(job: _Job) -> Report:
+    checkpoint, recipe, work = job.checkpoint, job.recipe, job.work
+    ids = _calibration_ids(job)
     model = checkpoint.skeleton()
     path, blocks = find_blocks(model)
     checkpoint.load(model, "", exclude=f"{path}.")
     checkpoint.load(model, f"{path}.0.")
-    place(model, device)
-    batched = [batch.to(device) for batch in batches(ids)] if ids is not None else []
+    place(model, job.device)
+    batched = [batch.to(job.device) for batch in batches(ids)] if ids is not None else []
     teacher = start_walk(model, blocks, path, batched)
-    int8 = pack_embeddings(model, plan, recipe)
+    int8 = pack_embeddings(model, job.plan, recipe)
     student = start_walk(model, blocks, path, batched)
     if not work.has(OUTSIDE):
         work.write(OUTSIDE, _outside_tensors(model, path, checkpoint), [])
     release(model)  # what is outside the blocks has been written and used; blocks are read one by one
 
     entries: list[LinearReport] = []
-    with progress.bar("converting", total=len(blocks), unit="block") as bar:
+    with job.progress.bar("converting", total=len(blocks), unit="block") as bar:
         for index, block in enumerate(blocks):
             name, part = f"{path}.{index}", work.block(index)
             checkpoint.load(model, f"{name}.")
-            place(block, device)
+            place(block, job.device)
             unfuse_experts(block, name, recipe.skip)
             if work.has(part):
                 tensors, done = work.read(part)
@@ -171,22 +178,25 @@ def _convert(
         blocks=path,
         group_size=recipe.group_size,
         shift=recipe.grid == "dlt",
-        kept=tuple(plan.kept_linears),
+        kept=tuple(job.plan.kept_linears),
         int8=int8,
         int8_group_size=recipe.int8_group_size,
     )
-    return _assemble(work, checkpoint, plan, recipe, layout, entries, ids, source, revision)
+    return _assemble(job, layout, entries, ids)
 
 
-def _calibration_ids(checkpoint: Checkpoint, recipe: Recipe, work: Workspace, progress: Progress) -> Tensor | None:
+def _calibration_ids(job: _Job) -> Tensor | None:
     """The calibration windows, int64 [B, T]; fixed by the first run, so that a resumed one sees the same."""
-    if not recipe.needs_statistics:
+    if not job.recipe.needs_statistics:
         return None
-    if not work.calibration.exists():
-        wanted = recipe.calibration
-        ids = calibration_windows(wanted.text, checkpoint.folder, wanted.samples, wanted.length, wanted.seed, progress)
-        write_tensors(work.calibration, {"ids": ids})
-    return load_file(work.calibration)["ids"]
+    kept = job.work.calibration
+    if not kept.exists():
+        wanted = job.recipe.calibration
+        ids = calibration_windows(
+            wanted.text, job.checkpoint.folder, wanted.samples, wanted.length, wanted.seed, job.progress
+        )
+        write_tensors(kept, {"ids": ids})
+    return load_file(kept)["ids"]
 
 
 def convert_block(
@@ -223,7 +233,6 @@ def convert_block(
     return [entries[linear] for linear in chosen]
 
 
-@torch.no_grad()
 def replay_block(
     block: nn.Module,
     name: str,
@@ -354,37 +363,28 @@ def _as_source(name: str, tensor: Tensor, checkpoint: Checkpoint) -> Tensor:
     return tensor.to(checkpoint.source_dtype(name)) if tensor.is_floating_point() else tensor
 
 
-def _assemble(
-    work: Workspace,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    recipe: Recipe,
-    layout: Layout,
-    entries: list[LinearReport],
-    ids: Tensor | None,
-    source: str,
-    revision: str | None,
-) -> Report:
+def _assemble(job: _Job, layout: Layout, entries: list[LinearReport], ids: Tensor | None) -> Report:
     """Make the finished folder from the parts, still inside OUT.partial."""
-    output_bytes = work.start_final()
+    plan, recipe, final = job.plan, job.recipe, job.work.final
+    output_bytes = job.work.start_final()
     for pattern in COPIED:
-        for file in checkpoint.folder.glob(pattern):
+        for file in job.checkpoint.folder.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, work.final / file.name)
-    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+                shutil.copyfile(file, final / file.name)
+    config = json.loads((job.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     config |= {
         "architectures": [plan.model],
         "quantization_config": layout.to_config(),
         "transformers_weights": TRIPWIRE,
     }
-    write_text(work.final / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(final / "config.json", json.dumps(config, indent=2) + "\n")
     stored = sum(entry.bits * entry.shape[0] * entry.shape[1] for entry in entries)
     data: dict[str, Any] = {"text": list(recipe.calibration.text) if ids is not None else []}
     if ids is not None:
         data |= {"windows": len(ids), "tokens": ids.numel(), "sha256": fingerprint(ids)}
     report = Report(
-        source=source,
-        revision=revision,
+        source=job.source,
+        revision=job.revision,
         model=plan.model,
         linears=entries,
         int8=sorted(layout.int8),
@@ -398,9 +398,9 @@ def _assemble(
         data=data,
         versions=versions(),
     )
-    facts = {"source": source, "revision": revision, **report.versions, **report.data}
+    facts = {"source": job.source, "revision": job.revision, **report.versions, **report.data}
     header = "".join(f"# {key}: {value}\n" for key, value in facts.items())
-    write_text(work.final / RECIPE_FILE, header + recipe.to_yaml())
+    write_text(final / RECIPE_FILE, header + recipe.to_yaml())
     return report
 
 
