@@ -247,9 +247,21 @@ def unfuse_experts(module: nn.Module, name: str, skip: tuple[str, ...] = ()) -> 
         if not is_fused_experts(child):
             continue
         up_name = next((n for n in _UP_NAMES if n in child._parameters), "gate_up_proj")
-        names = [f"{path}.0.{projection}" for projection in (up_name, "down_proj")]
+        count = child._parameters["down_proj"].shape[0] if "down_proj" in child._parameters else 1  # type: ignore[union-attr]
+        names = [f"{path}.{e}.{projection}" for e in range(count) for projection in (up_name, "down_proj")]
         if not all(any(matches(n, pattern) for pattern in skip) for n in names):
             replace_module(module, path, UnfusedExperts(child, path), name)
+
+
+def skipped_experts(path: str, module: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(name, reason) of every linear of a mixture that stays fused, because all of its linears are skipped."""
+    if is_fused_experts(module):
+        for projection in (*_UP_NAMES, "down_proj"):
+            weight = module._parameters.get(projection)
+            for e in range(0 if weight is None else weight.shape[0]):
+                name = f"{path}.{e}.{projection}"
+                pattern = next(p for p in skip if matches(name, p))
+                yield name, f"skip: {pattern}"
 
 
 def fuse_experts(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ternarize.architecture import UnfusedExperts
-from ternarize.errors import UnsupportedModelError
+from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.solver import LinearStatistics
 
 BATCH_TOKENS = 4096
@@ -129,9 +129,17 @@ def _record(model: nn.Module, blocks: nn.ModuleList, path: str, ids: Tensor, cal
     for index, block in enumerate(blocks):
         block.forward = stand_in(index, block.forward)  # type: ignore[method-assign]
     try:
+        check_ids(model, ids)
         model(input_ids=ids, use_cache=False)
     except _AllBlocksSeen:
         pass
+    except IndexError as error:
+        raise TernarizeError(
+            f"{type(model).__name__} cannot take windows of {ids.shape[1]} tokens: {error}. "
+            "Choose a smaller calibration.length."
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsupportedModelError(f"{type(model).__name__} does not run on plain token ids: {error}") from error
     else:
         raise UnsupportedModelError(f"{type(model).__name__} ran only {len(calls)} of its {len(blocks)} blocks.")
     finally:
@@ -139,6 +147,20 @@ def _record(model: nn.Module, blocks: nn.ModuleList, path: str, ids: Tensor, cal
             del block.forward
     assert entrance is not None
     return entrance
+
+
+def check_ids(model: nn.Module, ids: Tensor) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        TernarizeError: the tokenizer has more tokens than the model.
+    """
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if ids.numel() and int(ids.max()) >= rows:
+        raise TernarizeError(
+            f"the text has token {int(ids.max())}, but {type(model).__name__} has {rows} tokens: "
+            "this tokenizer is another model's. Put the right one into the folder."
+        )
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -11,6 +11,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class Checkpoint:
         self.shards = find_shards(folder)
         self._where: dict[str, Path] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self._not_floats: dict[str, str] = {}
         self.bytes = 0
         for shard in self.shards:
             self.bytes += shard.stat().st_size
@@ -60,6 +63,8 @@ class Checkpoint:
                 self._where[name] = shard
                 if dtype in SAFETENSORS_DTYPES:
                     self.dtypes[name] = SAFETENSORS_DTYPES[dtype]
+                elif not dtype.startswith("F"):
+                    self._not_floats[name] = dtype
         self._sources: dict[str, list[str]] = {}
         self._rules: list[Any] = []
 
@@ -73,9 +78,9 @@ class Checkpoint:
         try:
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, experts_implementation="eager"
+                    self.config, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
                 )
-        except (ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        except Exception as error:  # a model class raises whatever its arithmetic on a strange config raises
             raise UnsupportedModelError(
                 f"{self.folder}: transformers cannot build a causal language model of type "
                 f"{self.config.model_type!r}: {error}"
@@ -103,16 +108,25 @@ class Checkpoint:
             for name in state
             if name not in self._sources and name not in tied | buffers and not _is_target(name, converted)
         ]
+        for name, _ in model.named_parameters():
+            for source in self._sources.get(name, []):
+                if source in self._not_floats:
+                    raise UnsupportedModelError(
+                        f"{source} is stored as {self._not_floats[source]}, not as floats: {self.folder} seems "
+                        "quantized, without a quantization_config that says how. Convert the original checkpoint."
+                    )
         if missing:
             raise TernarizeError(
                 f"{self.folder} lacks {len(missing)} of the parameters of {type(model).__name__}, such as "
                 f"{', '.join(missing[:3])}. The checkpoint is incomplete, or of another architecture."
             )
 
-    def source_dtype(self, parameter: str, default: torch.dtype = torch.bfloat16) -> torch.dtype:
-        """The float type in which the files hold a parameter of the model."""
-        sources = self._sources.get(parameter) or [""]
-        return self.dtypes.get(sources[0], default)
+    def source_dtype(self, parameter: str) -> torch.dtype:
+        """The float type in which the files hold a parameter of the model; one of an expert has the fused one's."""
+        fused = re.sub(r"(\.experts)\.\d+\.(\w+)\.weight$", r"\1.\2", parameter)
+        fused = re.sub(r"(\.experts)\.\d+\.(\w+)\.bias$", r"\1.\2_bias", fused)
+        sources = self._sources.get(parameter) or self._sources.get(fused) or [""]
+        return self.dtypes.get(sources[0], torch.bfloat16)
 
     def load(self, model: PreTrainedModel, *prefixes: str, exclude: str | None = None) -> None:
         """Read the parameters under `prefixes` ("" is all) into the skeleton, as float32.
@@ -246,8 +260,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if not path.is_file():
         raise TernarizeError(f"{folder} is not a checkpoint: it has no config.json.")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # config classes raise whatever their arithmetic raises
         raise UnsupportedModelError(f"{path}: transformers cannot read this config: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization:
@@ -275,7 +289,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask allows; safetensors leaves files to their owner only
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
         _sync_and_rename(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -295,6 +312,18 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _disk_error(path, error) from error
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's contents.
+
+    Raises:
+        StoppedError: the disk is full.
+    """
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise _disk_error(target, error) from error
 
 
 def _sync_and_rename(temporary: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ resumable. Results go to standard output, progress and errors to standard error.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -270,6 +271,10 @@ def generate(
         typer.echo(piece, nl=False)
     thread.join()
     typer.echo()
+    if failure and isinstance(failure[0], IndexError):
+        raise TernarizeError(f"{folder} cannot take so long a text: {failure[0]}. Choose fewer --tokens.") from failure[
+            0
+        ]
     if failure:
         raise failure[0]
 
@@ -329,8 +334,10 @@ def run() -> None:
     except TernarizeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped", err=True)
+    except SystemExit as exit_:
+        if exit_.code != 130:  # what typer makes of Ctrl-C
+            raise
+        typer.echo("stopped", err=True)
         sys.exit(4)
 
 
@@ -369,7 +376,16 @@ def _compare(rows: list[tuple[str, str, str]]) -> None:
 
 
 def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1))
+    typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Infinity and NaN, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summarize_kept(kept: list[tuple[str, str]]) -> list[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +38,7 @@ from ternarize.architecture import (
     unfuse_experts,
 )
 from ternarize.calibration import Walk, batches, capture, start_walk
-from ternarize.checkpoint import Checkpoint, place, release, tied_parameters, write_tensors, write_text
+from ternarize.checkpoint import Checkpoint, copy_file, place, release, tied_parameters, write_tensors, write_text
 from ternarize.errors import StoppedError, TernarizeError, UnsupportedModelError
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.plan import Plan, check_room, make_plan
@@ -105,6 +104,9 @@ def convert(
     if text:
         chosen = Recipe.from_dict(chosen.to_dict() | {"calibration": asdict(chosen.calibration) | {"text": list(text)}})
     checkpoint = Checkpoint(resolve(str(source), revision))
+    held = checkpoint.folder.resolve()
+    if work.output in (held, *held.parents):
+        raise TernarizeError(f"{output} holds the source {held}, which would be lost. Choose another --output.")
     plan = make_plan(checkpoint, chosen)
     check_room(plan, work.output)
     try:
@@ -112,6 +114,10 @@ def convert(
         report = _convert(_Job(checkpoint, plan, chosen, work, progress, device, str(source), revision))
     except KeyboardInterrupt:
         raise StoppedError(work.stopped("stopped")) from None
+    except TernarizeError as error:
+        if not isinstance(error, StoppedError):
+            work.close()
+        raise
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -370,7 +376,7 @@ def _assemble(job: _Job, layout: Layout, entries: list[LinearReport], ids: Tenso
     for pattern in COPIED:
         for file in job.checkpoint.folder.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, final / file.name)
+                copy_file(file, final / file.name)
     config = json.loads((job.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     config |= {
         "architectures": [plan.model],

@@ -8,7 +8,6 @@ Shapes: B windows, T tokens in a window, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ternarize import hub
-from ternarize.checkpoint import find_shards, write_text
+from ternarize.calibration import check_ids
+from ternarize.checkpoint import Checkpoint, write_text
 from ternarize.errors import TernarizeError
 from ternarize.progress import Progress, quiet_transformers
-from ternarize.quantizer import load
+from ternarize.quantizer import load, quant_method
 from ternarize.report import RECIPE_FILE, REPORT_FILE, Report
 from ternarize.text import draw, evaluation_windows, load_tokenizer, read_whole, self_windows, split_source
 
@@ -95,7 +95,13 @@ def compare(
 
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     """Logits [T - 1, V] that predict the window's tokens from the second on."""
-    return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    check_ids(model, window)
+    try:
+        return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    except IndexError as error:
+        raise TernarizeError(
+            f"{type(model).__name__} cannot take windows of {len(window)} tokens: {error}. Choose a smaller --length."
+        ) from error
 
 
 def _exp(mean: float) -> float:
@@ -128,6 +134,11 @@ def evaluate(
     """
     student = load_any(folder, device, dtype)
     reference = None if teacher is None else load_any(teacher, device, dtype)
+    if (
+        reference is not None
+        and reference.config.get_text_config().vocab_size != student.config.get_text_config().vocab_size
+    ):
+        raise TernarizeError(f"{folder} and its teacher {teacher} have other vocabularies. Give the right --teacher.")
     tokenizer = load_tokenizer(folder)
     results = []
     for source in texts:
@@ -164,13 +175,11 @@ def load_any(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         TernarizeError: it is neither.
     """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise TernarizeError(f"{folder} is not a checkpoint: it has no config.json.")
-    find_shards(folder)
-    quantized = "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    method = quant_method(folder)
     with quiet_transformers():
-        model: Any = (
-            load(folder, dtype=dtype)[0] if quantized else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        )
+        if method is not None:
+            model: Any = load(folder, dtype=dtype)[0]
+        else:
+            Checkpoint(folder).skeleton()  # refuses what is incomplete, which transformers would fill at random
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval()

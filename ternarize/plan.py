@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import (
@@ -22,6 +22,7 @@ from ternarize.architecture import (
     find_blocks,
     linear_shape,
     linears,
+    skipped_experts,
     unfuse_experts,
 )
 from ternarize.checkpoint import Checkpoint, tied_parameters
@@ -118,6 +119,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
                     f"{name} is the same module as {seen[id(module)]}; sharing is not supported."
                 )
         unfuse_experts(block, prefix, recipe.skip)
+        fused = {
+            name: reason
+            for path_, m in block.named_modules(prefix=prefix)
+            for name, reason in skipped_experts(path_, m, recipe.skip)
+        }
+        all_linears += fused
+        reasons |= fused
         chosen = choose_linears(block, prefix, recipe.skip)
         all_linears += [*chosen.ternary, *chosen.kept]
         ternary |= {name: linear_shape(module) for name, module in chosen.ternary.items()}
@@ -182,13 +190,17 @@ def _kept(
     kept = []
     embedding, head = find_embeddings(model)
     tied = tied_parameters(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _floats(model):
         if name in packed or name in tied:
             continue
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
         if owner in reasons:
             reason = reasons[owner]
+        elif f"{owner}.0.{last}" in reasons:
+            reason = reasons[f"{owner}.0.{last}"]
+        elif not isinstance(parameter, nn.Parameter):
+            reason = "a buffer of the model's own"
         elif last == "bias" or parameter.ndim == 1:
             reason = "one value per feature (norm or bias)"
         elif owner in (embedding, head):
@@ -201,6 +213,13 @@ def _kept(
             reason = f"not a linear ({type(module).__name__})"
         kept.append(Kept(name, tuple(parameter.shape), reason))
     return kept
+
+
+def _floats(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Everything that a file holds: parameters, and the buffers that are saved."""
+    saved = model.state_dict().keys()
+    buffers = [(n, b) for n, b in model.named_buffers() if n in saved and b.is_floating_point()]
+    return [*model.named_parameters(), *buffers]
 
 
 def _output_bytes(
@@ -220,7 +239,7 @@ def _output_bytes(
         total += rows * int8_row_bytes(columns, recipe.int8_group_size)
     packed = {f"{name}.weight" for name in [*ternary, *int8]}
     tied = tied_parameters(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _floats(model):
         if name not in packed and name not in tied:
             total += parameter.numel() * checkpoint.source_dtype(name).itemsize
     return total

@@ -9,6 +9,7 @@ and types against the files' headers comes first, because transformers itself on
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
         _eager_experts(model)
         replace_float_modules(model, self.quantization_config.layout)
         if checkpoint_files:
+            check_places(model, checkpoint_files)
             check_names(model, checkpoint_files)
         return model
 
@@ -94,6 +96,20 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Packed weights have no gradient."""
         return False
+
+
+def check_places(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse an index that leads out of the folder that is being loaded.
+
+    Raises:
+        FormatError: naming the file.
+    """
+    folder = Path(model.name_or_path or "")
+    for file in map(Path, files):
+        if folder.is_dir() and not file.parent.resolve().is_relative_to(folder.resolve()):
+            raise FormatError(
+                f"{folder} names the shard {file}, which lies outside it; do not use files from this source."
+            )
 
 
 def check_names(model: PreTrainedModel, files: list[str]) -> None:
@@ -149,13 +165,38 @@ def load(
     """
     path = Path(folder)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise TernarizeError(f"{path} is not a checkpoint: it has no config.json.")
+        if quant_method(path) != QUANT_METHOD:
+            raise FormatError(
+                f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config."
+            )
         find_shards(path)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=dtype, **kwargs)
-    if not isinstance(getattr(model, "hf_quantizer", None), TernarizeQuantizer):
-        raise FormatError(f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config.")
-    return model, AutoTokenizer.from_pretrained(folder)
+    kwargs = {"trust_remote_code": False} | kwargs
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=dtype, **kwargs)
+        if not isinstance(getattr(model, "hf_quantizer", None), TernarizeQuantizer):
+            raise FormatError(
+                f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config."
+            )
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TernarizeError(f"{folder}: transformers cannot load it: {reason} Check the path.") from error
+
+
+def quant_method(folder: Path) -> str | None:
+    """The quantization that config.json names, if any.
+
+    Raises:
+        TernarizeError: the folder is no checkpoint.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise TernarizeError(f"{folder} is not a checkpoint: it has no config.json.")
+    try:
+        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+        return None if quantization is None else str(quantization.get("quant_method"))
+    except (ValueError, AttributeError) as error:
+        raise TernarizeError(f"{config} is damaged: {error}. Download or convert the model again.") from error
 
 
 def _disarm(config: Any) -> None:

@@ -6,6 +6,8 @@ embedding and the output head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -95,6 +97,16 @@ class TernaryLinear(nn.Module):
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return linear
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TernaryLinear:
+        """Move, but never round: scale and shift stay fp16 under .to(dtype), as the file holds them."""
+        before = {name: self._buffers[name] for name in ("scale", "shift")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
     def to_tensor(self) -> TernaryTensor:
         """The weight as a TernaryTensor."""
@@ -216,6 +228,11 @@ class TiedInt8Head(nn.Module):
         self.bias = bias
         self.out_features, self.in_features = embedding.num_embeddings, embedding.embedding_dim
 
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's table; some models look at it while transformers initializes them."""
+        return self.embedding.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
         return kernels.int8_linear(x, self.embedding.weight.to(x.device), self.bias, self.embedding.group_size)
@@ -308,6 +325,11 @@ def check_packed_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, TernaryLinear) and not module.weight.is_meta:
             module.check(name)
+        elif isinstance(module, (Int8Embedding, Int8Head)) and not module.weight.is_meta:
+            columns = module.embedding_dim if isinstance(module, Int8Embedding) else module.in_features
+            scale = module.weight[:, columns:].clone().view(torch.float16)
+            if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+                raise FormatError(f"{name}.weight has scales that are not positive and finite: the file is corrupted.")
 
 
 def _empty_ternary(linear: nn.Module, layout: Layout) -> TernaryLinear:
@@ -321,8 +343,9 @@ def _empty_ternary(linear: nn.Module, layout: Layout) -> TernaryLinear:
 
 
 def _empty_int8(module: nn.Module, group_size: int, multiplier: float) -> nn.Module:
+    if not isinstance(module, (nn.Embedding, nn.Linear)):
+        raise FormatError(f"config.json's int8 names a {type(module).__name__}, which is no embedding and no head.")
     weight = module.weight
-    assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     if isinstance(module, LINEAR_TYPES):
         return Int8Head(rows, columns, group_size, module.bias is not None, weight.device)

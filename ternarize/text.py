@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         TernarizeError: the folder has none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as error:
         raise TernarizeError(
             f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -47,9 +48,17 @@ class Workspace:
         self.output = output.resolve()
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.final = self.folder / "final"
+        self.replaced = self.folder / "replaced"
         self.resume = resume
-        if output.is_file():
-            raise TernarizeError(f"{output} is a file. Choose another --output.")
+        self.fresh = False
+        for path in (output, *self.output.parents):
+            if path.is_file():
+                raise TernarizeError(f"{path} is a file. Choose another --output.")
+        if self.folder.is_file() or (self.folder.is_dir() and not all(map(_is_ours, self.folder.iterdir()))):
+            raise TernarizeError(
+                f"{self.folder}, where the work would go, is there and not ternarize's. "
+                "Move it away, or choose another --output."
+            )
         if output.is_dir() and any(output.iterdir()) and not force:
             raise TernarizeError(
                 f"{output} exists and is not empty. Choose another --output, or --force to replace it."
@@ -80,10 +89,19 @@ class Workspace:
                     "Resume with those, or use --force to start over."
                 )
             return
+        self.fresh = True
         if self.folder.exists():
+            if self.replaced.exists() and not self.output.exists():
+                os.rename(self.replaced, self.output)
+            state.unlink(missing_ok=True)  # first: what is half removed must not be resumed
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         write_text(state, json.dumps(arguments, indent=1))
+
+    def close(self) -> None:
+        """After bad input: leave nothing behind of a run that was begun here and finished no block."""
+        if self.fresh and not list(self.folder.glob("block-*.json")):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def calibration(self) -> Path:
@@ -124,21 +142,26 @@ class Workspace:
 
     def publish(self) -> None:
         """Put `final` in OUT's place in one rename, and clean up."""
-        old = self.output.with_name(self.output.name + ".replaced")
         if self.output.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            os.rename(self.output, old)
+            os.rename(self.output, self.replaced)
         os.rename(self.final, self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(self.folder)
-        if old.exists():
-            shutil.rmtree(old)
 
     def stopped(self, why: str) -> str:
         """What to tell the user when the work ends early."""
         done = len(list(self.folder.glob("block-*.json"))) if self.folder.exists() else 0
         return f"{why}: {done} blocks are safe in {self.folder}. Run the same command with --resume to go on."
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a conversion may have put this into OUT.partial."""
+    return (
+        re.fullmatch(
+            r"(state\.json|(calibration|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced", path.name
+        )
+        is not None
+    )
 
 
 def write_shards(folder: Path, parts: list[Path]) -> int:

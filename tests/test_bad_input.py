@@ -155,6 +155,42 @@ def test_source_without_tokenizer(refused: Callable[..., None], source: Path) ->
     refused(source, "has no tokenizer that transformers can read")
 
 
+EVIL = """
+open({mark!r}, "w").close()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+class Config(LlamaConfig):
+    model_type = "evil"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+class Tokens(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(
+    part: str, refused: Callable[..., None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on standard output, and run the code on a yes."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(str(prompt)) or "y")
+    (source / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "mark")))
+    if part == "config":
+        edit_config(
+            source, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        )
+    else:
+        settings = json.loads((source / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "Tokens", "auto_map": {"AutoTokenizer": ["evil.Tokens", "evil.Tokens"]}}
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(source, "custom code|tokenizer|config")
+    assert not asked
+    assert not (tmp_path / "mark").exists()
+
+
 # -- damaged weights --------------------------------------------------------------------------------------------------
 
 
@@ -521,14 +557,12 @@ def test_packed_folder_whose_model_is_of_another_size(
 
 
 @each_loader
-@pytest.mark.parametrize("name", ["../evil.safetensors", "sub/evil.safetensors"])
-def test_packed_folder_whose_shards_lie_elsewhere(loader: Callable[[Path], Any], name: str, packed: Path) -> None:
-    weights = packed / "model.safetensors"
-    names = list(load_file(weights))
-    (packed / name).parent.mkdir(exist_ok=True)
-    weights.rename(packed / name)
-    (packed / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)}))
-    with pytest.raises(TernarizeError, match="which is not a plain file name"):
+def test_packed_folder_whose_index_leads_out_of_it(loader: Callable[[Path], Any], packed: Path) -> None:
+    names = list(load_file(packed / "model.safetensors"))
+    (packed / "model.safetensors").rename(packed.parent / "evil.safetensors")
+    weight_map = dict.fromkeys(names, "../evil.safetensors")
+    (packed / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(TernarizeError, match=r"evil\.safetensors"):
         loader(packed)
 
 
@@ -584,6 +618,8 @@ def test_load_explains_a_name_that_is_no_folder(name: str, tmp_path: Path, monke
         (["evaluate", "SOURCE", "--teacher", "OTHER", "--length", "8", "--text", "short.txt"], 2, "vocabular"),
         (["evaluate", "TERNARY", "--teacher", "HOLES", "--length", "8", "--text", "short.txt"], 2, "lacks"),
         (["evaluate", "BROKEN"], 2, "config.json"),
+        (["evaluate", "SHORT", "--length", "64", "--text", "TEXT"], 2, "--length"),
+        (["generate", "SHORT", "abc", "-n", "100"], 2, "--tokens"),
         (["generate", "NOTHING", "a"], 2, "no such folder"),
         (["generate", "TERNARY", ""], 2, "the prompt is empty"),
         (["generate", "NOCHAT", "a", "--chat"], 2, "has no chat template"),
@@ -600,12 +636,14 @@ def test_command_line_gives_one_message_and_an_exit_code(
     match: str,
     llama: Path,
     ternary: Path,
+    text: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folders = {"SOURCE": llama, "TERNARY": ternary, "NOTHING": tmp_path / "nothing"}
-    for name in {"QUANTIZED", "OTHER", "HOLES", "BROKEN", "NOCHAT"} & set(arguments):
+    folders = {"SOURCE": llama, "TERNARY": copy_folder(ternary, tmp_path / "ternary"), "NOTHING": tmp_path / "nothing"}
+    folders["TEXT"] = text
+    for name in {"QUANTIZED", "OTHER", "HOLES", "BROKEN", "NOCHAT", "SHORT"} & set(arguments):
         folders[name] = tmp_path / name.lower()
     if "QUANTIZED" in folders:
         edit_config(copy_folder(llama, folders["QUANTIZED"]), quantization_config={"quant_method": "gptq"})
@@ -617,6 +655,8 @@ def test_command_line_gives_one_message_and_an_exit_code(
         (copy_folder(ternary, folders["BROKEN"]) / "config.json").write_text("{")
     if "NOCHAT" in folders:
         make_checkpoint(folders["NOCHAT"])
+    if "SHORT" in folders:
+        make_checkpoint(folders["SHORT"], "gpt2", n_positions=32)
     work = tmp_path / "work"
     work.mkdir()
     (work / "bad.yaml").write_text("gird: dlt\n")
@@ -630,5 +670,5 @@ def test_command_line_gives_one_message_and_an_exit_code(
     assert match in err
     assert err.count("error: ") == 1
     assert "Traceback" not in err
-    assert out in ("", "a") or arguments[0] == "inspect"
+    assert out == "" or arguments[0] in ("inspect", "generate")
     assert not list(work.glob("*-ternary"))

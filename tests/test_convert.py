@@ -286,7 +286,7 @@ def test_other_families_resume_to_the_same_bytes(
 
 
 def test_recipe_without_data_resumes_to_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(text, feedback=False, curvature=False, refit=False)
+    recipe = make_recipe(text, feedback=False, curvature=False, refit=False, correction=0)
     convert(llama, tmp_path / "whole", recipe, progress=QUIET)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(1, Killed(), patch)

@@ -284,7 +284,7 @@ def test_what_stays_float_keeps_the_type_of_the_source(tmp_path: Path, recipe: R
         {"group_size": None},
         {"group_size": 1},
         {"correction": 1.0, "order": "natural"},
-        {"feedback": False, "curvature": False, "refit": False},
+        {"feedback": False, "curvature": False, "refit": False, "correction": 0},
         {"skip": ["*.1.mlp.down_proj", r"re:.*layers\.0\.self_attn\.[qk]_proj"]},
     ],
     ids=lambda changes: "-".join(changes),

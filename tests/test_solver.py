@@ -32,7 +32,7 @@ from ternarize.solver import (
 )
 from ternarize.tensor import TernaryTensor, expand_groups, group_count
 
-DATA_FREE = Recipe(group_size=16, feedback=False, curvature=False, refit=False)
+DATA_FREE = Recipe(group_size=16, feedback=False, curvature=False, refit=False, correction=0.0)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
