@@ -7,9 +7,7 @@ resumable. Results go to standard output, progress and errors to standard error.
 from __future__ import annotations
 
 import json
-import math
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -18,7 +16,7 @@ import typer
 
 import ternarize
 from ternarize.errors import TernarizeError
-from ternarize.progress import Progress, duration, size
+from ternarize.progress import Progress, duration, quiet_transformers, size
 
 app = typer.Typer(
     name="ternarize",
@@ -229,11 +227,18 @@ def generate(
 ) -> None:
     """Generate text, printed as it comes."""
     import torch
-    from transformers import TextIteratorStreamer
+    from transformers import TextStreamer
 
     from ternarize.evaluate import load_any
     from ternarize.sources import resolve
     from ternarize.text import load_tokenizer
+
+    class Printer(TextStreamer):  # type: ignore[misc]
+        def __init__(self, tokenizer: Any) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            typer.echo(text, nl=stream_end)
 
     _check_device(device)
     path = resolve(folder)
@@ -251,32 +256,13 @@ def generate(
         typer.echo(prompt, nl=False)
     if inputs["input_ids"].shape[1] == 0:
         raise TernarizeError("the prompt is empty. Give some text to go on from.")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        settings = {"do_sample": True, "temperature": temperature}
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            model.generate(**inputs.to(model.device), max_new_tokens=tokens, streamer=streamer, **settings)
-        except BaseException as error:  # carried over to the main thread, which raises it
-            failure.append(error)
-            streamer.end()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    for piece in streamer:
-        typer.echo(piece, nl=False)
-    thread.join()
-    typer.echo()
-    if failure and isinstance(failure[0], IndexError):
-        raise TernarizeError(f"{folder} cannot take so long a text: {failure[0]}. Choose fewer --tokens.") from failure[
-            0
-        ]
-    if failure:
-        raise failure[0]
+    settings: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
+    try:
+        with quiet_transformers():
+            model.generate(**inputs.to(model.device), max_new_tokens=tokens, streamer=Printer(tokenizer), **settings)
+    except IndexError as error:
+        raise TernarizeError(f"{folder} cannot take so long a text: {error}. Choose fewer --tokens.") from error
 
 
 @app.command()
@@ -376,16 +362,9 @@ def _compare(rows: list[tuple[str, str, str]]) -> None:
 
 
 def _print_json(value: object) -> None:
-    typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
+    from ternarize.report import dump_json
 
-
-def _finite(value: Any) -> Any:
-    """Infinity and NaN, which JSON does not have, as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    typer.echo(dump_json(value))
 
 
 def _summarize_kept(kept: list[tuple[str, str]]) -> list[str]:

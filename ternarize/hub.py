@@ -122,11 +122,10 @@ def quality_table(evaluation: list[dict[str, Any]]) -> str:
     ]
     for row in evaluation:
         teacher = "" if row["teacher_perplexity"] is None else f"{row['teacher_perplexity']:.2f}"
+        perplexity = "beyond counting" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
         kl = "" if row["kl"] is None else f"{row['kl']:.3f}"
         agreement = "" if row["agreement"] is None else f"{100 * row['agreement']:.1f} %"
-        lines.append(
-            f"| {row['text']} | {row['tokens']:,} | {teacher} | {row['perplexity']:.2f} | {kl} | {agreement} |"
-        )
+        lines.append(f"| {row['text']} | {row['tokens']:,} | {teacher} | {perplexity} | {kl} | {agreement} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class Report:
 
     def to_json(self) -> str:
         """JSON text."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return dump_json(asdict(self)) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Report:
@@ -99,3 +100,16 @@ class Report:
             raise TernarizeError(f"{path} cannot be read: {error.strerror}. Is {folder} a ternarize folder?") from error
         except (ValueError, TypeError, KeyError) as error:
             raise TernarizeError(f"{path} is damaged: {error!r}. Convert the model again.") from error
+
+
+def dump_json(value: Any) -> str:
+    """JSON text; infinity and NaN, which JSON does not have, become null."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(inner) for key, inner in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [finite(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=1, allow_nan=False)

