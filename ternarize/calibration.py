@@ -177,22 +177,9 @@ def _equal(a: Any, b: Any) -> bool:
 # -- statistics ----------------------------------------------------------------------------------------------------
 
 
-class _Moments:
-    """Running sums over tokens of one input, shared by the linears that read it."""
-
-    def __init__(self, in_features: int, device: torch.device, paired: bool) -> None:
-        self.second = torch.zeros(in_features, in_features, device=device)
-        self.cross = torch.zeros_like(self.second) if paired else None
-        self.tokens = 0
-
-
 @torch.no_grad()
 def capture(
-    block: nn.Module,
-    index: int,
-    linears: dict[str, nn.Module],
-    teacher: Walk,
-    student: Walk,
+    block: nn.Module, index: int, linears: dict[str, nn.Module], teacher: Walk, student: Walk
 ) -> dict[str, LinearStatistics]:
     """Statistics of the inputs of a float block's linears, from the student's prefix; the teacher walks on.
 
@@ -201,85 +188,91 @@ def capture(
     by the block's outputs; the student's stay, until the block is ternary.
 
     Args:
+        index: the block's number in the walks.
         linears: those that will be ternary, by full name.
 
     Returns:
         {name: statistics}; linears that read the same tensor share theirs. A linear that never ran is not there.
     """
-    unpaired = {
-        id(child)  # experts: teacher and student send different tokens to them
-        for module in block.modules()
-        if isinstance(module, UnfusedExperts)
-        for child in module.modules()
-    }
-    moments: dict[str, _Moments] = {}
-    leader: dict[str, str] = {}
-    energy: dict[str, float] = {}
-    seen: dict[str, Tensor] = {}  # the student's inputs of this batch
-
-    def student_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
-            x = args[0]
-            paired = id(module) not in unpaired
-            if name not in leader:
-                leader[name] = next((leader[n] for n, other in seen.items() if other is x), name)
-            own = leader[name]
-            seen[name] = x
-            if own != name:
-                return
-            x_NI = x.reshape(-1, x.shape[-1]).float()
-            if own not in moments:
-                moments[own] = _Moments(x_NI.shape[1], x_NI.device, paired)
-            sums = moments[own]
-            sums.second.addmm_(x_NI.t(), x_NI)
-            sums.tokens += len(x_NI)
-
-        return hook
-
-    def teacher_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            own = leader.get(name)
-            if own is None or moments[own].cross is None:
-                return
-            bias = getattr(module, "bias", None)
-            out = output if bias is None else output - bias
-            energy[name] = energy.get(name, 0.0) + float(out.square().sum(dtype=torch.float64))
-            if own == name:
-                x_NI = args[0].reshape(-1, args[0].shape[-1]).float()
-                student_NI = seen[name].reshape(x_NI.shape).float()
-                moments[own].cross.addmm_(student_NI.t(), x_NI)  # type: ignore[union-attr]
-
-        return hook
-
-    for batch in range(len(student.hidden)):
+    # Teacher and student may send different tokens to an expert: its inputs cannot be paired.
+    experts = {id(child) for m in block.modules() if isinstance(m, UnfusedExperts) for child in m.modules()}
+    sums = _Sums({name for name, module in linears.items() if id(module) in experts})
+    for batch, hidden in enumerate(student.hidden):
         call = teacher.calls[batch][index]
-        _run_hooked(block, linears, student_hook, call, student.hidden[batch])
-        teacher.hidden[batch] = _run_hooked(block, linears, teacher_hook, call, teacher.hidden[batch])
-        seen.clear()
-
-    statistics: dict[str, LinearStatistics] = {}
-    shared: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for name, own in leader.items():
-        sums = moments[own]
-        if own not in shared:
-            cross = None if sums.cross is None else sums.cross.div_(sums.tokens)
-            shared[own] = (sums.second.div_(sums.tokens), cross)
-        second, cross = shared[own]
-        own_energy = None if cross is None else energy[name] / sums.tokens
-        statistics[name] = LinearStatistics(second, cross, own_energy, sums.tokens)
-    return statistics
+        _run_hooked(block, linears, sums.add_student, call, hidden)
+        teacher.hidden[batch] = _run_hooked(block, linears, sums.add_teacher, call, teacher.hidden[batch])
+        sums.inputs.clear()
+    return sums.statistics()
 
 
 def _run_hooked(
     block: nn.Module,
     linears: dict[str, nn.Module],
-    make: Callable[[str], Callable[..., None]],
+    hook: Callable[[str, nn.Module, Tensor, Tensor], None],
     call: BlockCall,
     hidden: Tensor,
 ) -> Tensor:
-    handles = [module.register_forward_hook(make(name)) for name, module in linears.items()]
+    """The block's output for `hidden`, with `hook(name, module, input, output)` called for each linear that runs."""
+    handles = [
+        module.register_forward_hook(lambda m, args, output, name=name: hook(name, m, args[0], output))
+        for name, module in linears.items()
+    ]
     try:
         return call.run(block, hidden)
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Sums:
+    """Running sums over tokens. Linears that read the same tensor have one leader, which keeps their sums.
+
+    Args:
+        unpaired: names of linears whose student and teacher inputs are of different tokens.
+    """
+
+    def __init__(self, unpaired: set[str]) -> None:
+        self.unpaired = unpaired
+        self.inputs: dict[str, Tensor] = {}  # the student's, of the batch at hand
+        self.leader: dict[str, str] = {}
+        self.second: dict[str, Tensor] = {}  # X^' X^
+        self.cross: dict[str, Tensor] = {}  # X^' X
+        self.tokens: dict[str, int] = {}
+        self.energy: dict[str, float] = {}  # ||X W'||^2
+
+    def add_student(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Take in the student's input x [..., I] of one linear."""
+        if name not in self.leader:
+            self.leader[name] = next((self.leader[n] for n, other in self.inputs.items() if other is x), name)
+        self.inputs[name] = x
+        if self.leader[name] == name:
+            x_NI = x.reshape(-1, x.shape[-1]).float()
+            if name not in self.second:
+                self.second[name] = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1])
+            self.second[name].addmm_(x_NI.t(), x_NI)
+            self.tokens[name] = self.tokens.get(name, 0) + len(x_NI)
+
+    def add_teacher(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Take in the teacher's input x [..., I] and output [..., O] of one linear, after the student's."""
+        if name in self.unpaired or name not in self.leader:
+            return
+        bias = getattr(module, "bias", None)
+        product = output if bias is None else output - bias
+        self.energy[name] = self.energy.get(name, 0.0) + float(product.square().sum(dtype=torch.float64))
+        if self.leader[name] == name:
+            x_NI = x.reshape(-1, x.shape[-1]).float()
+            student_NI = self.inputs[name].reshape(x_NI.shape).float()
+            if name not in self.cross:
+                self.cross[name] = torch.zeros_like(self.second[name])
+            self.cross[name].addmm_(student_NI.t(), x_NI)
+
+    def statistics(self) -> dict[str, LinearStatistics]:
+        """Means over the tokens."""
+        second = {name: total.div_(self.tokens[name]) for name, total in self.second.items()}
+        cross = {name: total.div_(self.tokens[name]) for name, total in self.cross.items()}
+        result = {}
+        for name, own in self.leader.items():
+            tokens = self.tokens[own]
+            energy = self.energy[name] / tokens if name in self.energy else None
+            result[name] = LinearStatistics(second[own], cross.get(own), energy, tokens)
+        return result
