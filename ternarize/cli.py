@@ -169,6 +169,10 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option(help="The checkpoint that it was made from, for KL and agreement."),
     ] = None,
+    revision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Branch, tag or commit of the teacher, or of the folder where that alone is a Hub id."),
+    ] = None,
     text: TextOption = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     windows: Annotated[int, typer.Option(min=0, help="At most so many windows of each text; 0 is all.")] = 20,
@@ -188,8 +192,8 @@ def evaluate(
 
     _check_device(device)
     results = run(
-        resolve(folder),
-        resolve(teacher) if teacher else None,
+        resolve(folder, None if teacher else revision),
+        resolve(teacher, revision) if teacher else None,
         text or ["pydoc"],
         length,
         windows or None,
@@ -201,7 +205,7 @@ def evaluate(
     if as_json:
         _print_json([result.to_dict() for result in results])
         return
-    rows = _sizes(resolve(folder))
+    rows = _sizes(resolve(folder, None if teacher else revision))
     for result in results:
         reference = "" if result.teacher_perplexity is None else f"{result.teacher_perplexity:.2f}"
         what = f"{result.text}, {result.windows} x {result.length} tokens"
@@ -221,6 +225,7 @@ def generate(
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    revision: RevisionOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -241,7 +246,7 @@ def generate(
             typer.echo(text, nl=stream_end)
 
     _check_device(device)
-    path = resolve(folder)
+    path = resolve(folder, revision)
     model: Any = load_any(path, device, _dtype(dtype))
     tokenizer = load_tokenizer(path)
     inputs: Any

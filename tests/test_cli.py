@@ -76,11 +76,11 @@ def test_flags_are_frozen() -> None:
         ],
         "plan": ["--json", "--recipe", "--revision", "--set", "--text", "-r", "source"],
         "evaluate": [
-            "--device", "--dtype", "--json", "--length", "--no-save", "--quiet", "--save", "--teacher", "--text",
-            "--windows", "-q", "folder",
+            "--device", "--dtype", "--json", "--length", "--no-save", "--quiet", "--revision", "--save", "--teacher",
+            "--text", "--windows", "-q", "folder",
         ],
         "generate": [
-            "--chat", "--device", "--dtype", "--seed", "--temperature", "--tokens", "-n", "folder", "prompt",
+            "--chat", "--device", "--dtype", "--revision", "--seed", "--temperature", "--tokens", "-n", "folder", "prompt",
         ],
         "inspect": ["--json", "--plot", "--worst", "folder"],
     }  # fmt: skip
