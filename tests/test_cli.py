@@ -80,7 +80,8 @@ def test_flags_are_frozen() -> None:
             "--text", "--windows", "-q", "folder",
         ],
         "generate": [
-            "--chat", "--device", "--dtype", "--revision", "--seed", "--temperature", "--tokens", "-n", "folder", "prompt",
+            "--chat", "--device", "--dtype", "--revision", "--seed", "--temperature", "--tokens", "-n", "folder",
+            "prompt",
         ],
         "inspect": ["--json", "--plot", "--worst", "folder"],
     }  # fmt: skip
