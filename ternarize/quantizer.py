@@ -24,11 +24,6 @@ from ternarize.errors import FormatError, TernarizeError
 from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
 from ternarize.runtime import check_packed_modules, dequantize_modules, replace_float_modules
 
-_DTYPES = {
-    torch.uint8: "U8",
-    torch.float16: "F16",
-}
-
 
 @register_quantization_config(QUANT_METHOD)
 class TernarizeConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -133,7 +128,7 @@ def check_names(model: PreTrainedModel, files: list[str]) -> None:
     for name in sorted(expected.keys() & found.keys()):
         dtype, shape = found[name]
         tensor = expected[name]
-        if list(tensor.shape) != shape or (_DTYPES.get(tensor.dtype, dtype) != dtype and tensor.dtype == torch.uint8):
+        if list(tensor.shape) != shape or (tensor.dtype == torch.uint8 and dtype != "U8"):
             wrong.append(f"{name} ({dtype} {shape}, expected {list(tensor.shape)})")
     if missing or unexpected or wrong:
         parts = [

@@ -158,7 +158,7 @@ def windows(
             f"{source} holds {len(stream)} tokens, too few for one window of {length}. "
             "Give more text, or a smaller calibration.length."
         )
-    return torch.tensor([start + stream[i * body : (i + 1) * body] for i in range(count)])
+    return _cut(stream, start, body, count)
 
 
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None) -> Tensor:
@@ -180,6 +180,11 @@ def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: in
             "Give more text, or a smaller --length."
         )
     count = count if most is None else min(count, most)
+    return _cut(stream, start, body, count)
+
+
+def _cut(stream: list[int], start: list[int], body: int, count: int) -> Tensor:
+    """The first `count` windows of a token stream, each `start` and then `body` tokens of it; int64 [B, T]."""
     return torch.tensor([start + stream[i * body : (i + 1) * body] for i in range(count)])
 
 
