@@ -18,7 +18,7 @@ quickstart: $(OUT)/report.json
 	$(RUN) generate $(OUT) "The sky is blue because" --tokens 40 --temperature 0.7
 
 $(OUT)/report.json: | $(VENV)/.installed
-	$(RUN) convert $(MODEL) --output $(OUT) --resume
+	$(RUN) convert $(MODEL) --output $(OUT) --recipe fast --resume
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest

@@ -9,8 +9,9 @@ Shapes: B windows in a batch, T tokens in a window, H hidden, I in features, N =
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ternarize.architecture import UnfusedExperts
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.solver import LinearStatistics
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 1024
 
 
 class _AllBlocksSeen(Exception):
@@ -36,11 +37,12 @@ class BlockCall:
     tuple_output: bool
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for hidden states [B, T, H]."""
-        if "hidden_states" in self.kwargs:
-            output = block(*self.args, **(self.kwargs | {"hidden_states": hidden}))
-        else:
-            output = block(hidden, *self.args, **self.kwargs)
+        """The block's output for hidden states [B, T, H]; the products inside it in bfloat16 where that is fast."""
+        with autocast(hidden.device):
+            if "hidden_states" in self.kwargs:
+                output = block(*self.args, **(self.kwargs | {"hidden_states": hidden}))
+            else:
+                output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -58,6 +60,18 @@ class Walk:
         """Replace the hidden states by what block number `index` makes of them."""
         for batch, hidden in enumerate(self.hidden):
             self.hidden[batch] = self.calls[batch][index].run(block, hidden)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether products in bfloat16 are fast there: on accelerators, and on processors with instructions for it."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Products in bfloat16 where they are fast, in float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=autocast_enabled(device))
 
 
 def batches(ids: Tensor) -> list[Tensor]:
@@ -149,6 +163,24 @@ def _record(model: nn.Module, blocks: nn.ModuleList, path: str, ids: Tensor, cal
     return entrance
 
 
+@torch.no_grad()
+def finish_walk(model: nn.Module, blocks: nn.ModuleList, hidden: Tensor, ids: Tensor, tuple_output: bool) -> Tensor:
+    """Logits [B, T, V] that the model makes of the hidden states behind its last block.
+
+    Args:
+        model: everything outside the blocks loaded; the blocks need not be.
+        hidden: [B, T, H]; ids: int64 [B, T], of the same tokens.
+        tuple_output: whether the blocks return tuples, as their calls were recorded.
+    """
+    for block in blocks:
+        block.forward = lambda *args, **kwargs: (hidden,) if tuple_output else hidden  # type: ignore[method-assign]
+    try:
+        return model(input_ids=ids, use_cache=False).logits
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 def check_ids(model: nn.Module, ids: Tensor) -> None:
     """Refuse token ids that the model has no embedding for.
 
@@ -179,7 +211,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 @torch.no_grad()
 def capture(
-    block: nn.Module, index: int, linears: dict[str, nn.Module], teacher: Walk, student: Walk
+    block: nn.Module, index: int, linears: dict[str, nn.Module], teacher: Walk, student: Walk, held_out: float
 ) -> dict[str, LinearStatistics]:
     """Statistics of the inputs of a float block's linears, from the student's prefix; the teacher walks on.
 
@@ -190,19 +222,29 @@ def capture(
     Args:
         index: the block's number in the walks.
         linears: those that will be ternary, by full name.
+        held_out: share of the batches, the last ones, whose statistics stand apart.
 
     Returns:
         {name: statistics}; linears that read the same tensor share theirs. A linear that never ran is not there.
     """
     # Teacher and student may send different tokens to an expert: its inputs cannot be paired.
     experts = {id(child) for m in block.modules() if isinstance(m, UnfusedExperts) for child in m.modules()}
-    sums = _Sums({name for name, module in linears.items() if id(module) in experts})
+    unpaired = {name for name, module in linears.items() if id(module) in experts}
+    fitted, apart = _Sums(unpaired), _Sums(unpaired)
+    first_apart = first_held_out(len(student.hidden), held_out)
     for batch, hidden in enumerate(student.hidden):
+        sums = fitted if batch < first_apart else apart
         call = teacher.calls[batch][index]
         _run_hooked(block, linears, sums.add_student, call, hidden)
         teacher.hidden[batch] = _run_hooked(block, linears, sums.add_teacher, call, teacher.hidden[batch])
         sums.inputs.clear()
-    return sums.statistics()
+    aside = apart.statistics()
+    return {name: replace(own, held_out=aside.get(name)) for name, own in fitted.statistics().items()}
+
+
+def first_held_out(batches: int, share: float) -> int:
+    """Number of the first batch that is held out; `batches` where none is. One batch alone is always fitted to."""
+    return max(1, batches - math.ceil(share * batches)) if batches else 0
 
 
 def _run_hooked(

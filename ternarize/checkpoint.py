@@ -299,6 +299,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise _disk_error(path, error) from error
 
 
+def rewrite_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Replace tensors in the shards of a folder, one shard in memory at a time; names that no shard has are ignored.
+
+    Raises:
+        StoppedError: the disk is full; the shard at hand is as it was.
+    """
+    for shard in find_shards(folder):
+        with safe_open(shard, framework="pt") as file:
+            held = {name: tensors.get(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        write_tensors(shard, held)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is either whole or not there.
 

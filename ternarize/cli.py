@@ -1,7 +1,8 @@
 """The command line: parse, call, print.
 
 Exit codes: 0 done, 1 a bug in ternarize, 2 bad input or usage, 3 the model cannot be converted, 4 stopped but
-resumable. Results go to standard output, progress and errors to standard error.
+resumable, 5 converted, but the model has collapsed. Results go to standard output, progress and errors to standard
+error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import typer
 import ternarize
 from ternarize.errors import TernarizeError
 from ternarize.progress import Progress, duration, quiet_transformers, size
+from ternarize.recipe import DEFAULT
 
 app = typer.Typer(
     name="ternarize",
@@ -24,7 +26,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 unsupported model, 4 stopped (run again with --resume).",
+    epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 unsupported model, 4 stopped (run again with --resume), "
+    "5 the converted model has collapsed.",
 )
 
 Source = Annotated[
@@ -47,9 +50,18 @@ TextOption = Annotated[
 ]
 RevisionOption = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+TimeOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Time for all of it: 90s, 30m, 1h. What fit and tune leave is the distillation's.", show_default=False
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str, typer.Option(help="Type of activations: float32, bfloat16 or float16.")]
+
+
+COLLAPSED = 5  # exit code
 
 
 def _version(wanted: bool) -> None:
@@ -74,7 +86,7 @@ def convert(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Folder to write. Default: ./NAME-ternary.", show_default=False),
     ] = None,
-    recipe: RecipeOption = "fast",
+    recipe: RecipeOption = DEFAULT,
     setting: SetOption = None,
     text: TextOption = None,
     revision: RevisionOption = None,
@@ -82,6 +94,11 @@ def convert(
     plan_only: Annotated[bool, typer.Option("--plan", help="Say what would be done, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
+    time_budget: TimeOption = None,
+    target_size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Size of the weight files, such as 60MB: linears that hurt get more of it."),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -95,12 +112,26 @@ def convert(
     _check_device(device)
     progress = Progress(quiet)
     chosen = _with_text(Recipe.load(recipe).with_settings(setting or []), text)
+    if target_size is not None:
+        from ternarize.plan import budget_for_size
+
+        chosen = budget_for_size(source, revision, chosen, _bytes(target_size))
     target = output or Path(f"{_short_name(source)}-ternary")
     report = run(
-        source, target, chosen, revision=revision, device=device, resume=resume, force=force, progress=progress
+        source,
+        target,
+        chosen,
+        revision=revision,
+        device=device,
+        resume=resume,
+        force=force,
+        budget=_seconds(time_budget),
+        progress=progress,
     )
+    verdict = report.run["verdict"]
     if as_json:
         _print_json(json.loads(report.to_json()))
+        _say_verdict(verdict, quietly=True)
         return
     data_free = [entry.name for entry in report.linears if entry.data_free]
     if data_free and chosen.needs_statistics:
@@ -120,14 +151,77 @@ def convert(
             ("peak memory", size(report.run["peak_memory"]) if report.run["peak_memory"] else "not known here"),
         ]
     )
+    _say_verdict(verdict)
     typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
     typer.echo(f'      ternarize generate {target} "Once upon a time"')
 
 
 @app.command()
+def distill(
+    folder: Folder,
+    teacher: Annotated[str, typer.Option(help="What the folder was converted from.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    setting: SetOption = None,
+    text: TextOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted distillation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
+    time_budget: TimeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let a converted folder learn from its teacher, end to end. Runs under torchrun too."""
+    import os
+
+    import torch.distributed as dist
+
+    from ternarize.conversion import distill_again
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        quiet = quiet or dist.get_rank() > 0
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    _check_device(device)
+    try:
+        report = distill_again(
+            folder,
+            teacher,
+            output,
+            setting,
+            revision=revision,
+            text=text,
+            device=device,
+            resume=resume,
+            force=force,
+            budget=_seconds(time_budget),
+            progress=Progress(quiet),
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if report is None:
+        return
+    if as_json:
+        _print_json(json.loads(report.to_json()))
+    else:
+        done = report.run["distill"]
+        _table(
+            [
+                ("output", str(output)),
+                ("held-out KL to the teacher", f"{done['before']:.3f} -> {done['after']:.3f} nats a token"),
+                ("steps, tokens", f"{done['steps']}, {done['tokens']:,}"),
+                ("time", duration(done["seconds"])),
+            ]
+        )
+    _say_verdict(report.run["verdict"], quietly=as_json)
+
+
+@app.command()
 def plan(
     source: Source,
-    recipe: RecipeOption = "fast",
+    recipe: RecipeOption = DEFAULT,
     setting: SetOption = None,
     text: TextOption = None,
     revision: RevisionOption = None,
@@ -278,12 +372,20 @@ def inspect(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Draw the table into this .png, .svg or .pdf."),
     ] = None,
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Source of the conversion: rank the linears by the KL that each alone does to it."),
+    ] = None,
+    text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a conversion did, per linear."""
+    """Show what a conversion did, per linear; with --teacher, which linears hurt."""
     from ternarize.report import Report
 
     report = Report.read(folder)
+    if teacher is not None:
+        _rank(folder, teacher, text or ["pydoc"], worst, as_json)
+        return
     if as_json:
         _print_json(json.loads(report.to_json()))
     else:
@@ -339,6 +441,34 @@ def _table(rows: list[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         typer.echo(f"{label:{width}}  {value}")
+
+
+def _rank(folder: Path, teacher: str, text: list[str], worst: int, as_json: bool) -> None:
+    from ternarize.budget import rank_folder
+    from ternarize.sources import resolve
+
+    damages = rank_folder(folder, resolve(teacher), text, Progress(quiet=as_json))
+    ranked = sorted(damages.items(), key=lambda item: -item[1])[: worst or None]
+    if as_json:
+        _print_json([{"linear": name, "kl": damage} for name, damage in ranked])
+        return
+    width = max(len(name) for name, _ in ranked)
+    typer.echo(f"{'linear':{width}}  KL to the teacher with this linear alone ternary, nats a token")
+    for name, damage in ranked:
+        typer.echo(f"{name:{width}}  {damage:.5f}")
+
+
+def _say_verdict(verdict: dict[str, Any], quietly: bool = False) -> None:
+    """What the quality gate found; a collapsed model ends the program with its own exit code."""
+    collapsed = verdict["word"] == "collapsed"
+    if collapsed:
+        typer.echo(f"\nTHIS MODEL HAS COLLAPSED and is of no use: {verdict['why']}", err=True)
+        typer.echo(f"It writes: {verdict['text']!r}", err=True)
+    elif not quietly:
+        typer.echo(f"\nAgainst its teacher, on held-out calibration text: {verdict['why']}")
+        typer.echo(f"It writes: {verdict['text']!r}")
+    if collapsed:
+        raise typer.Exit(COLLAPSED)
 
 
 def _sizes(folder: Path) -> list[tuple[str, str, str]]:
@@ -399,6 +529,28 @@ def _with_text(recipe: Any, text: list[str] | None) -> Any:
     if not text:
         return recipe
     return dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, text=tuple(text)))
+
+
+def _bytes(text: str) -> int:
+    """`60MB` -> 60000000."""
+    import re
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise TernarizeError(f"target size {text!r} is no size above 0. Write it as 60MB or 1.2GB.")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
+
+
+def _seconds(duration: str | None) -> float | None:
+    """`30m` -> 1800.0."""
+    import re
+
+    if duration is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", duration.strip())
+    if found is None or float(found[1]) <= 0:
+        raise TernarizeError(f"time budget {duration!r} is no duration above 0. Write it as 90s, 30m or 1h.")
+    return float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _check_device(device: str) -> None:

@@ -1,14 +1,16 @@
-"""The story: a checkpoint goes in, a ternary one comes out, one block in memory at a time.
+"""The story: a checkpoint goes in, a ternary one comes out, one window in memory at a time.
 
-    for each block:
+    for each block, or window of blocks that learn together (`block`):
         capture   the inputs of its linears behind the ternary prefix, and the teacher's outputs
         fit       each linear that reads the same input in one go
         pack      TernaryLinear takes the linear's place
-        write     the block's tensors, durably
+        tune      codes, scales and shifts against the teacher's output, where the recipe says so
         advance   the student's hidden states through the ternary block
+        write     the block's tensors, durably
+    distill       the whole student against the whole teacher, where the recipe says so
 
 Work goes to OUT.partial beside OUT; it is renamed at the end, so OUT is never half written. A run that was stopped goes
-on from its last durable block: earlier blocks are read back and walked through, not fitted again, so the result is the
+on from its last durable window: earlier blocks are read back and walked through, not fitted again, so the result is the
 same to the last bit on the same machine.
 """
 
@@ -29,29 +31,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize import hub
-from ternarize.architecture import (
-    choose_linears,
-    find_blocks,
-    linear_shape,
-    linear_weight,
-    replace_module,
-    unfuse_experts,
+from ternarize.architecture import find_blocks, unfuse_experts
+from ternarize.block import convert_window, pack_embeddings, replay_block
+from ternarize.budget import LENGTH, WINDOWS, spend
+from ternarize.calibration import autocast_enabled, batches, start_walk
+from ternarize.checkpoint import (
+    Checkpoint,
+    copy_file,
+    place,
+    release,
+    rewrite_tensors,
+    tied_parameters,
+    write_tensors,
+    write_text,
 )
-from ternarize.calibration import Walk, batches, capture, start_walk
-from ternarize.checkpoint import Checkpoint, copy_file, place, release, tied_parameters, write_tensors, write_text
-from ternarize.errors import StoppedError, TernarizeError, UnsupportedModelError
+from ternarize.distill import distill, is_first, together
+from ternarize.errors import StoppedError, TernarizeError
+from ternarize.evaluate import Evaluation, compare, load_any
 from ternarize.format import TRIPWIRE, Layout
+from ternarize.gate import compare_walks, judge
 from ternarize.plan import Plan, check_room, make_plan
 from ternarize.progress import Progress, size
 from ternarize.recipe import DEFAULT, Recipe
 from ternarize.report import RECIPE_FILE, REPORT_FILE, LinearReport, Report
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, tie_int8_heads
-from ternarize.solver import LinearStatistics, fit, relative_error
+from ternarize.runtime import TernaryLinear, has_module
 from ternarize.sources import resolve
-from ternarize.text import calibration_windows, fingerprint
+from ternarize.text import calibration_windows, fingerprint, load_tokenizer
 from ternarize.workspace import OUTSIDE, Workspace
 
-FEWEST_TOKENS = 4  # an expert that saw fewer than in_features / FEWEST_TOKENS tokens is fitted without data
+LEAST_TIME = 60.0  # seconds, below which a distillation is not begun
+GATE_WINDOWS = 8  # on which a distilled student is compared with its teacher
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -76,6 +85,7 @@ def convert(
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
+    budget: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Convert a checkpoint to ternary.
@@ -89,6 +99,7 @@ def convert(
         device: where to compute, such as "cpu" or "cuda".
         resume: go on with an interrupted conversion of the same arguments.
         force: replace what is at `output`, once the new folder is complete, and forget an interrupted conversion.
+        budget: seconds for all of it; the distillation, where the recipe has one, gets what fit and tune leave.
         progress: where messages go.
 
     Returns:
@@ -101,8 +112,7 @@ def convert(
     progress = progress or Progress()
     work = Workspace(Path(output), resume, force)
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    if text:
-        chosen = Recipe.from_dict(chosen.to_dict() | {"calibration": asdict(chosen.calibration) | {"text": list(text)}})
+    chosen = _with_text(chosen, text)
     checkpoint = Checkpoint(resolve(str(source), revision))
     held = checkpoint.folder.resolve()
     if work.output in (held, *held.parents):
@@ -111,7 +121,17 @@ def convert(
     check_room(plan, work.output)
     try:
         work.open(_arguments(checkpoint, chosen, device))
-        report = _convert(_Job(checkpoint, plan, chosen, work, progress, device, str(source), revision))
+        job = _Job(checkpoint, plan, chosen, work, progress, device, str(source), revision)
+        report, evaluation, ids = _convert(job)
+        left = None if budget is None else budget - (time.monotonic() - started)
+        if chosen.distill.epochs and left is not None and left < LEAST_TIME:
+            progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
+        elif chosen.distill.epochs:
+            report, evaluation = distill_folder(
+                work.final, checkpoint, report, chosen, work.distillation, progress, device, left
+            )
+        student = load_any(work.final, device, torch.float32)
+        report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
     except KeyboardInterrupt:
         raise StoppedError(work.stopped("stopped")) from None
     except TernarizeError as error:
@@ -126,11 +146,20 @@ def convert(
             + " Free some memory first, or start over with fewer calibration.samples or another machine."
         ) from error
     report.run.update(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory())
+    _finish(work, report)
+    return report
+
+
+def _finish(work: Workspace, report: Report) -> None:
+    """Write report and card, and put the folder in its place."""
     write_text(work.final / REPORT_FILE, report.to_json())
     recipe_text = (work.final / RECIPE_FILE).read_text(encoding="utf-8")
     write_text(work.final / "README.md", hub.model_card(report, recipe_text))
     work.publish()
-    return report
+
+
+def _with_text(recipe: Recipe, text: list[str] | None) -> Recipe:
+    return replace(recipe, calibration=replace(recipe.calibration, text=tuple(text))) if text else recipe
 
 
 @dataclass(frozen=True)
@@ -148,9 +177,11 @@ class _Job:
 
 
 @torch.no_grad()
-def _convert(job: _Job) -> Report:
+def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
+    """Everything up to the finished folder, the comparison with the teacher, and a held-out window int64 [T]."""
     checkpoint, recipe, work = job.checkpoint, job.recipe, job.work
     ids = _calibration_ids(job)
+    group_sizes = _group_sizes(job, ids)
     model = checkpoint.skeleton()
     path, blocks = find_blocks(model)
     checkpoint.load(model, "", exclude=f"{path}.")
@@ -165,21 +196,32 @@ def _convert(job: _Job) -> Report:
     release(model)  # what is outside the blocks has been written and used; blocks are read one by one
 
     entries: list[LinearReport] = []
+    tunings: list[dict[str, Any]] = []
+    width = recipe.tune.window if recipe.tune.epochs else 1
     with job.progress.bar("converting", total=len(blocks), unit="block") as bar:
-        for index, block in enumerate(blocks):
-            name, part = f"{path}.{index}", work.block(index)
-            checkpoint.load(model, f"{name}.")
-            place(block, job.device)
-            unfuse_experts(block, name, recipe.skip)
-            if work.has(part):
-                tensors, done = work.read(part)
-                replay_block(block, name, index, recipe, teacher, student, tensors)
+        for first in range(0, len(blocks), width):
+            window = {f"{path}.{index}": blocks[index] for index in range(len(blocks))[first : first + width]}
+            parts = [work.block(first + offset) for offset in range(len(window))]
+            for name, block in window.items():
+                checkpoint.load(model, f"{name}.")
+                place(block, job.device)
+                unfuse_experts(block, name, recipe.skip)
+            if all(map(work.has, parts)):
+                for offset, ((name, block), part) in enumerate(zip(window.items(), parts, strict=True)):
+                    tensors, done, tuned = work.read(part)
+                    replay_block(block, name, first + offset, recipe, teacher, student, tensors, group_sizes)
+                    entries += done
+                    tunings += [tuned] if tuned else []
             else:
-                done = convert_block(block, name, index, recipe, teacher, student)
-                work.write(part, _block_tensors(block, name, checkpoint), done)
-            entries += done
-            blocks[index] = nn.Identity()
-            bar.update(1)
+                made, outcome = convert_window(window, first, recipe, teacher, student, group_sizes)
+                tuned = asdict(outcome) | {"blocks": list(window)} if outcome else None
+                tunings += [tuned] if tuned else []
+                for offset, ((name, block), part) in enumerate(zip(window.items(), parts, strict=True)):
+                    work.write(part, _block_tensors(block, name, checkpoint), made[offset], None if offset else tuned)
+                    entries += made[offset]
+            for offset in range(len(window)):
+                blocks[first + offset] = nn.Identity()
+            bar.update(len(window))
     layout = Layout(
         blocks=path,
         group_size=recipe.group_size,
@@ -187,8 +229,16 @@ def _convert(job: _Job) -> Report:
         kept=tuple(job.plan.kept_linears),
         int8=int8,
         int8_group_size=recipe.int8_group_size,
+        scale_bits=recipe.scale_bits,
+        shift_bits=recipe.shift_bits if recipe.grid == "dlt" else recipe.scale_bits,
+        group_sizes={name: size for name, size in group_sizes.items() if size != recipe.group_size},
     )
-    return _assemble(job, layout, entries, ids)
+    report = _assemble(job, layout, entries, ids)
+    if tunings:
+        report.run["tune"] = tunings
+    if ids is None:
+        return report, None, None
+    return report, compare_walks(checkpoint, job.plan, recipe, teacher, student, batched), ids[-1]
 
 
 def _calibration_ids(job: _Job) -> Tensor | None:
@@ -205,143 +255,25 @@ def _calibration_ids(job: _Job) -> Tensor | None:
     return load_file(kept)["ids"]
 
 
-def convert_block(
-    block: nn.Module, name: str, index: int, recipe: Recipe, teacher: Walk, student: Walk
-) -> list[LinearReport]:
-    """Capture, fit, pack, advance: make one float block (experts unfused) ternary in place.
-
-    Args:
-        name: full name of the block; its linears are reported with it.
-        teacher, student: hidden states at the block's entrance; both are advanced to its exit.
-
-    Raises:
-        UnsupportedModelError: a linear never ran, so nothing is known about its inputs.
-    """
-    chosen = choose_linears(block, name, recipe.skip).ternary
-    statistics: dict[str, LinearStatistics] = {}
-    if recipe.needs_statistics:
-        statistics = capture(block, index, chosen, teacher, student)
-    groups: dict[int, list[str]] = {}
-    for linear in chosen:
-        known = statistics.get(linear)
-        if known is None and recipe.needs_statistics and ".experts." not in linear:
-            raise UnsupportedModelError(
-                f"{linear} never ran on the calibration text, or the model uses its weight without calling it. "
-                f"Add {linear!r} to skip in the recipe."
+def _group_sizes(job: _Job, ids: Tensor | None) -> dict[str, int]:
+    """What the budget gives each linear; nothing where there is no budget. Fixed by the first run."""
+    if job.recipe.budget is None or ids is None:
+        return {}
+    kept = job.work.group_sizes
+    if not kept.exists():
+        teacher = job.checkpoint.skeleton()
+        job.checkpoint.load(teacher, "")
+        teacher.to(job.device)  # type: ignore[arg-type]
+        missing = [name for name in job.plan.ternary if not has_module(teacher, name)]
+        if missing:
+            raise TernarizeError(
+                f"budget: {missing[0]} is one of several fused experts, which cannot be ranked one by one yet. "
+                "Leave budget out of the recipe."
             )
-        groups.setdefault(id(known.second_moment) if known else hash(linear), []).append(linear)
-    entries = {}
-    for members in groups.values():
-        for member, entry in zip(members, _fit_together(block, name, members, chosen, statistics, recipe), strict=True):
-            entries[member] = entry
-    if recipe.needs_statistics:
-        student.advance(index, block)
-    return [entries[linear] for linear in chosen]
-
-
-def replay_block(
-    block: nn.Module,
-    name: str,
-    index: int,
-    recipe: Recipe,
-    teacher: Walk,
-    student: Walk,
-    tensors: dict[str, Tensor],
-) -> None:
-    """Walk teacher and student through a block that an earlier run finished, read back from `tensors`."""
-    if not recipe.needs_statistics:
-        return
-    teacher.advance(index, block)
-    for linear, module in choose_linears(block, name, recipe.skip).ternary.items():
-        packed = TernaryLinear.from_packed(
-            linear_shape(module),
-            recipe.group_size,
-            tensors[f"{linear}.weight"],
-            tensors[f"{linear}.scale"],
-            tensors.get(f"{linear}.shift"),
-            getattr(module, "bias", None),
-        )
-        replace_module(block, linear, packed.to(student.hidden[0].device), name)
-    student.advance(index, block)
-
-
-def _fit_together(
-    block: nn.Module,
-    name: str,
-    members: list[str],
-    modules: dict[str, nn.Module],
-    statistics: dict[str, LinearStatistics],
-    recipe: Recipe,
-) -> list[LinearReport]:
-    """Fit linears that read the same input as one weight: rows are independent, so the columns are visited once."""
-    known = statistics.get(members[0])
-    weights = [linear_weight(modules[member]).float() for member in members]
-    tokens = known.tokens if known else 0
-    if known and ".experts." in members[0] and tokens < weights[0].shape[1] / FEWEST_TOKENS:
-        known = None
-    try:
-        fitted = fit(torch.cat(weights), known, recipe)
-    except TernarizeError as error:
-        raise TernarizeError(f"{', '.join(members)}: {error}") from error
-    entries = []
-    start = 0
-    for member, weight in zip(members, weights, strict=True):
-        rows = slice(start, start + len(weight))
-        start += len(weight)
-        shift = None if fitted.shift is None else fitted.shift[rows]
-        tensor = replace(fitted, trits=fitted.trits[rows], scale=fitted.scale[rows], shift=shift)
-        linear = TernaryLinear.from_tensor(tensor, getattr(modules[member], "bias", None))
-        replace_module(block, member, linear, name)
-        own = statistics[member] if known else None
-        stored = sum(b.numel() * b.element_size() for b in linear.buffers())
-        entries.append(
-            LinearReport(
-                name=member,
-                shape=tensor.shape,
-                zero_share=tensor.zero_share,
-                error=relative_error(weight, tensor.dequantize(), own),
-                bits=8 * stored / weight.numel(),
-                tokens=tokens,
-                data_free=known is None,
-            )
-        )
-    return entries
-
-
-def pack_embeddings(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> dict[str, float]:
-    """Put the int8 embedding and head that the plan names in their places; returns {name: multiplier}."""
-    int8: dict[str, float] = {}
-    for name in plan.int8:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Embedding):
-            int8[name] = embedding_multiplier(module, name)
-            new: nn.Module = Int8Embedding.from_weight(module.weight, recipe.int8_group_size, int8[name])
-        else:
-            assert isinstance(module, nn.Linear)
-            int8[name] = 1.0
-            new = Int8Head.from_weight(module.weight, recipe.int8_group_size, module.bias)
-        replace_module(model, name, new)
-    tie_int8_heads(model, tied_parameters(model))
-    return int8
-
-
-@torch.no_grad()
-def embedding_multiplier(module: nn.Embedding, name: str) -> float:
-    """The constant that an embedding's own forward puts on its rows (Gemma: sqrt(H)); 1.0 for a plain one.
-
-    Raises:
-        UnsupportedModelError: it does more than that.
-    """
-    ids = torch.arange(min(64, module.num_embeddings), device=module.weight.device)
-    rows, out = module.weight[ids], module(ids)
-    used = rows.abs() > 1e-3 * rows.abs().max()
-    multiplier = float((out[used] / rows[used]).median()) if bool(used.any()) else 1.0
-    if not torch.allclose(out, rows * multiplier, rtol=1e-4, atol=1e-6):
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) is more than a table of rows times a constant. "
-            "Set embeddings: keep in the recipe."
-        )
-    return multiplier
+        few = ids[-WINDOWS:, :LENGTH]
+        write_text(kept, json.dumps(spend(teacher, job.plan.ternary, job.recipe, few, job.progress)))
+    sizes: dict[str, int] = json.loads(kept.read_text(encoding="utf-8"))
+    return sizes
 
 
 def _outside_tensors(model: PreTrainedModel, path: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -407,6 +339,117 @@ def _assemble(job: _Job, layout: Layout, entries: list[LinearReport], ids: Tenso
     facts = {"source": job.source, "revision": job.revision, **report.versions, **report.data}
     header = "".join(f"# {key}: {value}\n" for key, value in facts.items())
     write_text(final / RECIPE_FILE, header + recipe.to_yaml())
+    return report
+
+
+def distill_folder(
+    folder: Path,
+    checkpoint: Checkpoint,
+    report: Report,
+    recipe: Recipe,
+    state: Path,
+    progress: Progress,
+    device: str = "cpu",
+    budget: float | None = None,
+) -> tuple[Report, Evaluation]:
+    """Let the student in a ternarize folder learn from its source as a whole; its weight files are rewritten.
+
+    Args:
+        folder: a ternarize folder, changed in place (by the first process, under torchrun).
+        checkpoint: the source.
+        report: of the folder so far.
+        recipe: its `distill` and `calibration` say how, and on what text.
+        state, budget: as in `distill.distill`.
+
+    Returns:
+        The report with the codes' new figures, whose `run` tells how the distillation went; and a comparison with the
+        teacher on held-out windows.
+
+    Raises:
+        TernarizeError: as `distill.distill`.
+    """
+    wanted = recipe.calibration
+    ids = calibration_windows(
+        wanted.text, checkpoint.folder, recipe.distill.samples, wanted.length, wanted.seed + 1, progress
+    )
+    teacher = checkpoint.skeleton()
+    checkpoint.load(teacher, "")
+    if autocast_enabled(torch.device(device)):
+        teacher.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    teacher.to(device)  # type: ignore[arg-type]
+    student = load_any(folder, device, torch.float32)
+    path, _ = find_blocks(teacher)
+    done = distill(student, teacher, path, ids, recipe.distill, wanted.held_out, state, progress, budget)
+    modules = {name: m for name, m in student.named_modules() if isinstance(m, TernaryLinear)}
+    if is_first():
+        tensors = {f"{name}.{key}": t.cpu() for name, m in modules.items() for key, t in m.state_dict().items()}
+        rewrite_tensors(folder, tensors)
+    linears = [replace(entry, zero_share=modules[entry.name].to_tensor().zero_share) for entry in report.linears]
+    report = replace(report, linears=linears)
+    report.run["distill"] = done.to_dict() | {"windows": len(ids), "sha256": fingerprint(ids)}
+    held_out = ids[-min(len(ids), GATE_WINDOWS) :]
+    return report, compare(student, teacher, held_out, "held-out calibration text", progress)
+
+
+def distill_again(
+    folder: str | Path,
+    source: str | Path,
+    output: str | Path,
+    settings: list[str] | None = None,
+    *,
+    revision: str | None = None,
+    text: list[str] | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    budget: float | None = None,
+    progress: Progress | None = None,
+) -> Report | None:
+    """Distil a finished ternarize folder into a new one, by its own recipe with `settings` applied.
+
+    Args:
+        folder: what `convert` wrote; it is not changed.
+        source: what it was converted from.
+        output: the folder to write.
+        settings: `key=value` for the recipe, such as "distill.epochs=2"; one epoch where the recipe has none.
+        revision, text, device, resume, force, progress: as in `convert`.
+        budget: seconds.
+
+    Returns:
+        The report, also written to output/report.json; None in all processes but the first under torchrun.
+
+    Raises:
+        TernarizeError: see its subclasses; the message says what to do.
+    """
+    started = time.monotonic()
+    folder, progress = Path(folder), progress or Progress()
+    report = Report.read(folder)
+    recipe = Recipe.load(folder / RECIPE_FILE)
+    if not recipe.distill.epochs:
+        recipe = recipe.with_settings(["distill.epochs=1"])
+    recipe = _with_text(recipe.with_settings(settings or []), text)
+    checkpoint = Checkpoint(resolve(str(source), revision))
+    work = Workspace(Path(output), resume, force)
+    first = is_first()
+    if first:
+        work.open(_arguments(checkpoint, recipe, device) | {"student": str(folder.resolve())})
+        work.copy_final(folder)
+    together()
+    try:
+        report, evaluation = distill_folder(
+            work.final, checkpoint, report, recipe, work.distillation, progress, device, budget
+        )
+    except KeyboardInterrupt:
+        raise StoppedError(f"stopped. Run the same command with --resume to go on from {work.folder}.") from None
+    together()
+    if not first:
+        return None
+    student = load_any(work.final, device, torch.float32)
+    report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, None).to_dict()
+    report.run.update(seconds=round(report.run["seconds"] + time.monotonic() - started, 1), peak_memory=peak_memory())
+    report.run.pop("evaluation", None)  # of the student before
+    write_text(work.final / RECIPE_FILE, recipe.to_yaml())
+    _finish(work, report)
     return report
 
 

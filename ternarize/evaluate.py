@@ -66,31 +66,48 @@ def compare(
         ids: int64 [B, T].
         text: what to call it.
     """
-    count = ids.shape[0] * (ids.shape[1] - 1)
-    nll = teacher_nll = kl = same = 0.0
+    tally = Tally(with_teacher=teacher is not None)
     with progress.bar(f"measuring on {text}", total=len(ids), unit="window") as bar:
         for window in ids:
-            target = window[1:].to(student.device)
-            hidden = _logits(student, window)
-            reference = None if teacher is None else _logits(teacher, window).to(hidden.device)
-            for part in torch.arange(len(target)).split(LOGIT_CHUNK):
-                log_q = hidden[part].float().log_softmax(-1)
-                nll -= float(log_q.gather(1, target[part, None]).sum())
-                if reference is not None:
-                    log_p = reference[part].float().log_softmax(-1)
-                    teacher_nll -= float(log_p.gather(1, target[part, None]).sum())
-                    kl += float((log_p.exp() * (log_p - log_q)).sum())
-                    same += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            logits = _logits(student, window)
+            reference = None if teacher is None else _logits(teacher, window).to(logits.device)
+            tally.add(logits, reference, window[1:].to(logits.device))
             bar.update(1)
-    mine = Evaluation(text, len(ids), ids.shape[1], count, _exp(nll / count))
-    if teacher is None:
-        return mine
-    return Evaluation(
-        **(
-            mine.to_dict()
-            | {"teacher_perplexity": _exp(teacher_nll / count), "kl": kl / count, "agreement": same / count}
+    return tally.result(text, len(ids), ids.shape[1])
+
+
+class Tally:
+    """Sums over tokens, of which an Evaluation is the mean.
+
+    Args:
+        with_teacher: whether teacher logits will be given.
+    """
+
+    def __init__(self, with_teacher: bool) -> None:
+        self.with_teacher = with_teacher
+        self.tokens = 0
+        self.nll = self.teacher_nll = self.kl = self.same = 0.0
+
+    def add(self, student: Tensor, teacher: Tensor | None, target: Tensor) -> None:
+        """Take in the logits [N, V] of one window, and the tokens int64 [N] that they should predict."""
+        self.tokens += len(target)
+        for part in torch.arange(len(target), device=target.device).split(LOGIT_CHUNK):
+            log_q = student[part].float().log_softmax(-1)
+            self.nll -= float(log_q.gather(1, target[part, None]).sum())
+            if teacher is not None:
+                log_p = teacher[part].float().log_softmax(-1)
+                self.teacher_nll -= float(log_p.gather(1, target[part, None]).sum())
+                self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+                self.same += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+    def result(self, text: str, windows: int, length: int) -> Evaluation:
+        """The means."""
+        n = self.tokens
+        if not self.with_teacher:
+            return Evaluation(text, windows, length, n, _exp(self.nll / n))
+        return Evaluation(
+            text, windows, length, n, _exp(self.nll / n), _exp(self.teacher_nll / n), self.kl / n, self.same / n
         )
-    )
 
 
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:

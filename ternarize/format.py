@@ -1,4 +1,4 @@
-"""The file contract: what a ternarize folder holds, format version 1.
+"""The file contract: what a ternarize folder holds, format versions 1 and 2.
 
 A folder is an ordinary Hugging Face checkpoint (config.json, tokenizer files, model.safetensors, or shards with
 model.safetensors.index.json) in which some modules hold other tensors than usual. Names are those of the modules in
@@ -10,6 +10,11 @@ A ternary linear, O x I, groups of S consecutive input columns, G = ceil(I / S),
     NAME.scale    fp16   [O, G]             positive
     NAME.shift    fp16   [O, G]             absent where config.json says "shift": false
     NAME.bias     float  [O]                where the linear had one
+
+or, with scales and shifts in 8 or 4 bits (version 2), instead of NAME.scale and NAME.shift:
+
+    NAME.levels   uint8  [O, 1 + ceil(G (scale_bits + shift_bits) / 8)]     coded (see `packing`)
+    NAME.limits   fp32   [4]                                                what the codes are relative to
 
     weight[o, i] = scale[o, i // S] * trit[o, i] + shift[o, i // S]
 
@@ -23,34 +28,37 @@ fused parameters' names (`...experts.gate_up_proj`), empty uint8 tensors that me
 config.json, "quantization_config":
 
     quant_method     "ternarize"
-    format_version   1
+    format_version   1, or 2 where something is used that version 1 does not have
     packing          "base3"
     blocks           path of the list of decoder layers; every linear in it is ternary unless listed in "kept"
     group_size       S, or null for one group a row
-    shift            whether NAME.shift is there
+    shift            whether there is one
     kept             linears inside the blocks that stayed float
     int8             {module name: multiplier}: the embeddings and heads that are int8; the multiplier is what the
                      module's own forward puts on a row (Gemma's sqrt(H)), 1.0 for most
     int8_group_size  S8
+    scale_bits       16, 8 or 4 (version 2; 16 in version 1)
+    shift_bits       16, 8 or 4 (version 2; 16 in version 1)
+    group_sizes      {linear: S} of those that have another S than group_size (version 2; none in version 1)
 
 Failing loudly. transformers without this package skips an unknown quant_method with a warning and would go on with
 random weights. Two things forbid that: every packed tensor bears the name of the float weight but another shape, which
 the stock loader refuses; and config.json's "transformers_weights" names a file that does not exist and whose name says
 what to install, which the stock loader reports at once. This package's loader ignores that entry.
 
-A reader refuses versions and packings that it does not know. Version 1 will stay readable.
+A reader refuses versions and packings that it does not know. Old versions stay readable.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ternarize.errors import FormatError
 
 QUANT_METHOD = "ternarize"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 PACKING = "base3"
 TRIPWIRE = "first-run-pip-install-ternarize-and-import-ternarize.safetensors"
 
@@ -65,11 +73,22 @@ class Layout:
     kept: tuple[str, ...]
     int8: dict[str, float]
     int8_group_size: int
+    scale_bits: int = 16
+    shift_bits: int = 16
+    group_sizes: dict[str, int] = field(default_factory=dict)
 
     def to_config(self) -> dict[str, Any]:
-        """The "quantization_config" of config.json."""
+        """The "quantization_config" of config.json, of the lowest version that can say it."""
         fields = asdict(self) | {"kept": list(self.kept)}
-        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "packing": PACKING} | fields
+        version = 2
+        if self.scale_bits == self.shift_bits == 16 and not self.group_sizes:
+            version = 1
+            del fields["scale_bits"], fields["shift_bits"], fields["group_sizes"]
+        return {"quant_method": QUANT_METHOD, "format_version": version, "packing": PACKING} | fields
+
+    def group_size_of(self, linear: str) -> int | None:
+        """S of one linear, by its name in the file; None is the whole row."""
+        return self.group_sizes.get(linear, self.group_size)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Layout:
@@ -83,9 +102,10 @@ class Layout:
             raise FormatError(
                 f"config.json says quant_method {method!r}, not {QUANT_METHOD!r}: this is not a ternarize folder."
             )
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise FormatError(
-                f"config.json says format_version {version!r}; this ternarize reads {FORMAT_VERSION}. "
+                f"config.json says format_version {version!r}; this ternarize reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}. "
                 "Upgrade with: pip install --upgrade ternarize"
             )
         if packing != PACKING:
@@ -104,15 +124,24 @@ class Layout:
                 kept=tuple(kept),
                 int8={name: float(value) for name, value in config["int8"].items()},
                 int8_group_size=config["int8_group_size"],
+                scale_bits=16 if version == 1 else config["scale_bits"],
+                shift_bits=16 if version == 1 else config["shift_bits"],
+                group_sizes={} if version == 1 else dict(config["group_sizes"].items()),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"config.json's quantization_config is incomplete or damaged: {error!r}") from error
         if not all(math.isfinite(multiplier) for multiplier in layout.int8.values()):
             raise FormatError(f"config.json's int8 has multipliers that are not finite: {layout.int8!r}.")
-        sizes = [layout.int8_group_size] + ([] if layout.group_size is None else [layout.group_size])
+        sizes = [layout.int8_group_size, *layout.group_sizes.values()]
+        sizes += [] if layout.group_size is None else [layout.group_size]
         if not all(type(size) is int and size >= 1 for size in sizes) or type(layout.shift) is not bool:
             raise FormatError(
                 f"config.json's quantization_config has group_size {layout.group_size!r}, int8_group_size "
                 f"{layout.int8_group_size!r}, shift {layout.shift!r}: sizes are whole numbers from 1, shift is a bool."
+            )
+        bits = (layout.scale_bits, layout.shift_bits)
+        if not all(type(b) is int and b in (16, 8, 4) for b in bits) or (16 in bits and set(bits) != {16}):
+            raise FormatError(
+                f"config.json says scale_bits {bits[0]!r}, shift_bits {bits[1]!r}: each is 8 or 4, or both are 16."
             )
         return layout

@@ -9,6 +9,17 @@ Trits, five to a byte along the row ("base3", 8/5 = 1.6 bits a trit):
 
 A byte above 242, or padding that is not 1, was not written by this packer and is refused.
 
+Scales and shifts in 8 or 4 bits ("levels"), one record a row, limits that a whole weight shares beside them:
+
+    row     1 byte r | nibbles: G scale codes c, then G shift codes d       1 + ceil(G (scale_bits + shift_bits) / 8)
+    limits  float32 [4]: lo, hi, span, reach
+
+    scale = 2^(lo + (hi - lo) r / 255) * 2^(-span c / (2^scale_bits - 1))            c = 0 is the row's largest
+    shift = scale * reach * (d - z) / (z - 1),   z = 2^(shift_bits - 1)              d in 1 .. 2 z - 1, d = z is none
+
+The values are computed in float64 and rounded to fp16, so every machine reads the same ones. A code of 8 bits is two
+nibbles, low one first; a byte holds its first nibble low; an odd last nibble is followed by 0.
+
 Embeddings and heads, 8 bits per weight with one fp16 scale per group ("int8"), one record a row:
 
     row   H int8 codes | G fp16 scales, little endian          H + 2 G bytes, as uint8
@@ -25,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError
-from ternarize.tensor import expand_groups, group_count
+from ternarize.tensor import Levels, expand_groups, group_count
 
 TRITS_PER_BYTE = 5
 LARGEST_BYTE = 3**TRITS_PER_BYTE - 1
@@ -85,6 +96,69 @@ def unpack_trits(packed: Tensor, in_features: int, dtype: torch.dtype = torch.in
     return table.index_select(0, packed.int().flatten()).view(*packed.shape[:-1], -1)[..., :in_features]
 
 
+def encode_levels(
+    scale: Tensor, shift: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor | None = None
+) -> Levels:
+    """Round scales and shifts to codes (see the module's drawing).
+
+    Args:
+        scale: float [O, G], positive, in weight units; shift: float [O, G] or None.
+        scale_bits, shift_bits: 4 or 8.
+        limits: float32 [4] to code within; chosen from the values where None.
+    """
+    limits = choose_limits(scale, shift) if limits is None else limits
+    lo, hi, span, reach = limits.double().tolist()
+    octaves = scale.double().log2()
+    row = ((octaves.amax(-1, keepdim=True) - lo) * (255 / max(hi - lo, 1e-9))).round().clamp(0, 255)
+    top = lo + (hi - lo) * row / 255
+    largest = 2**scale_bits - 1
+    code = ((top - octaves) * (largest / span)).round().clamp(0, largest)
+    nibbles = [_to_nibbles(code, scale_bits)]
+    if shift is not None:
+        middle = 2 ** (shift_bits - 1)
+        stored = torch.exp2(top - span * code / largest)
+        code = (shift.double() / stored * ((middle - 1) / reach)).round().clamp(1 - middle, middle - 1) + middle
+        nibbles.append(_to_nibbles(code, shift_bits))
+    record = torch.cat([row.to(torch.uint8), _join_nibbles(torch.cat(nibbles, -1))], -1)
+    return Levels(record, limits, scale_bits, 0 if shift is None else shift_bits)
+
+
+def decode_levels(levels: Levels, groups: int) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift, fp16 [O, G]; shift is None where the grid has none."""
+    lo, hi, span, reach = levels.limits.double().tolist()
+    nibbles = _split_nibbles(levels.record[:, 1:])
+    middle_nibble = groups * levels.scale_bits // 4
+    code = _from_nibbles(nibbles[:, :middle_nibble], levels.scale_bits)
+    top = lo + (hi - lo) * levels.record[:, :1].double() / 255
+    scale = torch.exp2(top - span * code / (2**levels.scale_bits - 1))
+    shift = None
+    if levels.shift_bits:
+        middle = 2 ** (levels.shift_bits - 1)
+        last_nibble = middle_nibble + groups * levels.shift_bits // 4
+        code = _from_nibbles(nibbles[:, middle_nibble:last_nibble], levels.shift_bits)
+        shift = (scale * reach * (code - middle) / (middle - 1)).half()
+    return scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half(), shift
+
+
+def level_row_bytes(groups: int, scale_bits: int, shift_bits: int) -> int:
+    """Bytes of one record of coded levels; shift_bits is 0 for a grid without shift."""
+    return 1 + -(-groups * (scale_bits + shift_bits) // 8)
+
+
+def choose_limits(scale: Tensor, shift: Tensor | None) -> Tensor:
+    """Limits, float32 [4], that hold all but the outermost half percent of the groups [O, G].
+
+    A group whose scale lies further below its row's top is stored with the lowest that there is; its trits then
+    become 0, which costs little because its weights are small beside the row's.
+    """
+    octaves = scale.double().log2()
+    top = octaves.amax(-1)
+    span = _quantile(top[:, None] - octaves, 0.995)
+    reach = 0.0 if shift is None else float(_quantile((shift.double() / scale.double()).abs(), 0.995))
+    values = [float(top.min()), float(top.max()), max(float(span), 0.25), max(reach, 1e-3)]
+    return torch.tensor(values, dtype=torch.float32, device=scale.device)
+
+
 def quantize_int8(weight: Tensor, group_size: int) -> Tensor:
     """Round a float matrix to int8 codes with one absmax scale per row and group.
 
@@ -102,6 +176,32 @@ def quantize_int8(weight: Tensor, group_size: int) -> Tensor:
     scale = (largest / 127).clamp(min=torch.finfo(torch.float16).smallest_normal).half()
     codes = (weight.float() / expand_groups(scale.float(), columns, group_size)).round().clamp(-127, 127)
     return torch.cat([codes.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)], dim=1)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """A quantile of any number of values (torch.quantile stops at 2^24)."""
+    flat = values.flatten()
+    return flat.kthvalue(max(1, round(share * flat.numel()))).values
+
+
+def _to_nibbles(codes: Tensor, bits: int) -> Tensor:
+    """Codes [O, G] -> nibbles [O, G bits / 4], low one first."""
+    codes = codes.to(torch.int16)
+    return codes if bits == 4 else torch.stack([codes % 16, codes // 16], -1).flatten(-2)
+
+
+def _from_nibbles(nibbles: Tensor, bits: int) -> Tensor:
+    nibbles = nibbles.double()
+    return nibbles if bits == 4 else nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
+
+
+def _join_nibbles(nibbles: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(nibbles, (0, nibbles.shape[-1] % 2))
+    return (padded[:, 0::2] + 16 * padded[:, 1::2]).to(torch.uint8)
+
+
+def _split_nibbles(record: Tensor) -> Tensor:
+    return torch.stack([record % 16, record // 16], -1).flatten(-2)
 
 
 def int8_row_bytes(columns: int, group_size: int) -> int:

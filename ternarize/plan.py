@@ -6,7 +6,7 @@ What becomes ternary, what stays float and why, the bytes that will be written, 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from ternarize.architecture import (
 )
 from ternarize.checkpoint import Checkpoint, tied_parameters
 from ternarize.errors import TernarizeError, UnsupportedModelError
-from ternarize.packing import int8_row_bytes, packed_columns
+from ternarize.packing import int8_row_bytes, level_row_bytes, packed_columns
 from ternarize.progress import size
 from ternarize.recipe import Recipe
+from ternarize.sources import resolve
 from ternarize.tensor import group_count
 from ternarize.text import split_source
 
@@ -222,6 +223,38 @@ def _floats(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *buffers]
 
 
+def budget_for_size(source: str, revision: str | None, recipe: Recipe, target: int) -> Recipe:
+    """The recipe with the budget that makes the weight files as large as wanted.
+
+    Args:
+        target: bytes of the weight files.
+
+    Raises:
+        TernarizeError: what is not ternary takes so much that too little or too much is left for what is.
+    """
+    plan = make_plan(Checkpoint(resolve(source, revision)), replace(recipe, budget=None))
+    ternary = sum(ternary_bytes(*shape, recipe) for shape in plan.ternary.values())
+    headers = 200 * (3 * len(plan.ternary) + len(plan.kept))  # of the files, a generous guess
+    left = 8 * (target - (plan.output_bytes - ternary) - headers) / plan.ternary_weights
+    if not 1.6 < left <= 4:
+        raise TernarizeError(
+            f"a target of {size(target)} leaves {left:.2f} bits for each ternary weight, but 1.6 to 4 can be had: "
+            f"embeddings and all else that is not ternary take {size(plan.output_bytes - ternary)}. "
+            f"This recipe alone gives {size(plan.output_bytes)}; choose a target near that."
+        )
+    return replace(recipe, budget=left)
+
+
+def ternary_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
+    """Stored bytes of one ternary weight, scales and shifts counted."""
+    groups = group_count(in_features, min(recipe.group_size or in_features, in_features))
+    shift = recipe.grid == "dlt"
+    if recipe.scale_bits == 16:
+        return out_features * (packed_columns(in_features) + 2 * (1 + shift) * groups)
+    row = packed_columns(in_features) + level_row_bytes(groups, recipe.scale_bits, recipe.shift_bits if shift else 0)
+    return out_features * row + 16  # the limits
+
+
 def _output_bytes(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
@@ -230,10 +263,10 @@ def _output_bytes(
     recipe: Recipe,
 ) -> int:
     total = 0
-    planes = 2 if recipe.grid == "dlt" else 1
-    for out_features, in_features in ternary.values():
-        groups = group_count(in_features, min(recipe.group_size or in_features, in_features))
-        total += out_features * (packed_columns(in_features) + 2 * planes * groups)
+    if recipe.budget is not None:
+        total += int(recipe.budget * sum(o * i for o, i in ternary.values()) / 8)
+    else:
+        total += sum(ternary_bytes(*shape, recipe) for shape in ternary.values())
     for name in int8:
         rows, columns = _table_shape(model, name)
         total += rows * int8_row_bytes(columns, recipe.int8_group_size)

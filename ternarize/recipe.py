@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -21,7 +22,7 @@ import yaml
 from ternarize.errors import TernarizeError
 from ternarize.grids import Grid
 
-DEFAULT = "fast"
+DEFAULT = "balanced"
 _HERE = Path(__file__).parent
 RECIPE_FOLDER = next(folder for folder in (_HERE / "recipes", _HERE.parent / "recipes") if folder.is_dir())
 
@@ -35,12 +36,83 @@ class Calibration:
             machine), a .jsonl/.txt file (also .gz), or a Hub dataset `owner/name[:config[:split]]`.
         samples: windows of text, shared among the sources by weight.
         length: tokens in a window.
+        held_out: share of the windows that nothing is fitted to; they decide what is kept.
         seed: for the choice of windows and for the model's own text.
     """
 
     text: tuple[str, ...] = ("self",)
     samples: int = 64
     length: int = 512
+    held_out: float = 0.125
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Learning inside a window of blocks, against the teacher's output where it ends.
+
+    Args:
+        epochs: passes over the calibration windows; 0 is off.
+        window: blocks that learn together, 1 to 4.
+        codes: how trits move: "latent" (every weight has a position), "low-rank" (a low-rank change of the positions),
+            or "frozen" (scales and shifts alone learn).
+        rank: of the low-rank change.
+        levels: whether scales and shifts learn.
+        thresholds: whether the thresholds between trits learn.
+        rate: peak learning rate of codes (AdamW).
+        level_rate: peak learning rate of scales, shifts and thresholds.
+        off: weight of one minus the cosine between student's and teacher's features (OFF); 0 is off.
+        soften: share of the steps over which trits are soft and harden; 0 is hard from the start.
+    """
+
+    epochs: float = 0.0
+    window: int = 1
+    codes: Literal["latent", "low-rank", "frozen"] = "latent"
+    rank: int = 32
+    levels: bool = True
+    thresholds: bool = False
+    rate: float = 3e-3
+    level_rate: float = 3e-3
+    off: float = 0.0
+    soften: float = 0.0
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Brief learning of the whole student from the whole teacher, at the end.
+
+    Args:
+        epochs: passes over its text; 0 is off.
+        samples: windows of the calibration sources and length, drawn anew.
+        batch: windows in a step, per process.
+        codes: how trits move, as in `Tuning`.
+        rank: as in `Tuning`.
+        levels: whether scales and shifts learn.
+        thresholds: whether the thresholds between trits learn.
+        rate: peak learning rate of codes.
+        level_rate: peak learning rate of scales, shifts and thresholds.
+        off: weight of OFF, as in `Tuning`.
+        depths: blocks, evenly spaced, whose features OFF compares.
+        checkpointing: keep only each block's input for the backward pass, for a third more time and much less memory.
+        check: steps from one held-out measurement to the next.
+        patience: checks without a gain that end the run.
+        seed: for the order of the windows.
+    """
+
+    epochs: float = 0.0
+    samples: int = 1024
+    batch: int = 2
+    codes: Literal["latent", "low-rank", "frozen"] = "latent"
+    rank: int = 32
+    levels: bool = True
+    thresholds: bool = False
+    rate: float = 3e-3
+    level_rate: float = 3e-3
+    off: float = 0.0
+    depths: int = 3
+    checkpointing: bool = False
+    check: int = 40
+    patience: int = 4
     seed: int = 0
 
 
@@ -52,9 +124,15 @@ class Recipe:
         version: of this schema; 1.
         grid: "dlt" (scale and shift), "symmetric" (scale alone) or "absmean" (BitNet's).
         group_size: input columns that share a scale and shift; None is the whole row.
+        budget: bits per ternary weight over the whole model, side data counted; linears that hurt get finer groups,
+            others coarser ones. None gives all the same `group_size`. Needs the whole model in memory once.
+        scale_bits: how scales are stored: in 16 bits (fp16), 8 or 4.
+        shift_bits: how shifts are stored: likewise; 16 where scale_bits is 16, and only there.
         feedback: column-wise error feedback (GPTQ) while codes are chosen; False rounds to nearest.
         order: columns visited by descending "curvature", or in "natural" order. Nothing is stored either way.
         curvature: weight the grid's fit by each column's curvature (1 / U_jj^2), or by ones.
+        sweeps: coordinate-descent sweeps over the trits under the stored scales and shifts, each row kept only where
+            its error on held-out calibration tokens falls; 0 is none.
         refit: solve all scales and shifts of a row together under the full second moment, codes frozen.
         correction: 0..1, how much of the error that the ternary prefix left each linear's weight should undo
             before it is fitted (QEP's alpha, arXiv 2504.09629).
@@ -64,6 +142,8 @@ class Recipe:
         int8_group_size: columns that share an int8 scale.
         skip: linears that stay float: module names with shell wildcards, or `re:` and a regular expression.
         calibration: the text.
+        tune: learning inside windows of blocks.
+        distill: learning end to end.
 
     Raises:
         TernarizeError: a value breaks its rule.
@@ -72,10 +152,14 @@ class Recipe:
     version: int = 1
     grid: Grid = "dlt"
     group_size: int | None = 64
+    budget: float | None = None
+    scale_bits: Literal[16, 8, 4] = 4
+    shift_bits: Literal[16, 8, 4] = 4
     feedback: bool = True
     order: Literal["curvature", "natural"] = "curvature"
     curvature: bool = True
     refit: bool = True
+    sweeps: int = 2
     correction: float = 0.5
     damping: float = 0.01
     embeddings: Literal["int8", "keep"] = "int8"
@@ -83,22 +167,47 @@ class Recipe:
     int8_group_size: int = 64
     skip: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
+    tune: Tuning = field(default_factory=Tuning)
+    distill: Distillation = field(default_factory=Distillation)
 
     def __post_init__(self) -> None:
         _require(self.version == 1, "version", self.version, "this ternarize reads version 1; upgrade it for others")
         if self.group_size is not None:
             _require(self.group_size >= 1, "group_size", self.group_size, "at least 1, or null for a whole row")
+        _require(1 <= self.tune.window <= 4, "tune.window", self.tune.window, "between 1 and 4 blocks")
+        _require(0 <= self.tune.soften <= 1, "tune.soften", self.tune.soften, "between 0 and 1")
+        for name, learning in (("tune", self.tune), ("distill", self.distill)):
+            _require(0 <= learning.epochs < math.inf, f"{name}.epochs", learning.epochs, "0 (off) or more")
+            _require(learning.rank >= 1, f"{name}.rank", learning.rank, "at least 1")
+            _require(0 < learning.rate < math.inf, f"{name}.rate", learning.rate, "above 0")
+            _require(0 < learning.level_rate < math.inf, f"{name}.level_rate", learning.level_rate, "above 0")
+            _require(0 <= learning.off < math.inf, f"{name}.off", learning.off, "0 (off) or more")
+            moves = learning.codes != "frozen" or learning.levels or learning.thresholds
+            rule = "latent or low-rank where neither levels nor thresholds learn"
+            _require(moves or not learning.epochs, f"{name}.codes", learning.codes, rule)
+        for key in ("samples", "batch", "depths", "check", "patience"):
+            _require(getattr(self.distill, key) >= 1, f"distill.{key}", getattr(self.distill, key), "at least 1")
         _require(self.int8_group_size >= 1, "int8_group_size", self.int8_group_size, "at least 1")
+        if self.budget is not None:
+            _require(1.6 < self.budget <= 4, "budget", self.budget, "above 1.6 (the trits alone), at most 4, or null")
+        if self.grid == "dlt":
+            both = {self.scale_bits, self.shift_bits}
+            _require(
+                both == {16} or 16 not in both, "shift_bits", self.shift_bits, "16 where scale_bits is, and only there"
+            )
+        _require(0 <= self.sweeps <= 20, "sweeps", self.sweeps, "between 0 (off) and 20")
         _require(0 <= self.correction <= 1, "correction", self.correction, "between 0 (off) and 1 (QEP in full)")
         _require(0 < self.damping <= 1, "damping", self.damping, "above 0, at most 1; 0.01 is usual")
         _require(self.calibration.samples >= 1, "calibration.samples", self.calibration.samples, "at least 1")
         _require(self.calibration.length >= 2, "calibration.length", self.calibration.length, "at least 2 tokens")
+        _require(0 <= self.calibration.held_out <= 0.5, "calibration.held_out", self.calibration.held_out, "0 to 0.5")
         _require(bool(self.calibration.text), "calibration.text", [], "at least one source, such as self")
 
     @property
     def needs_statistics(self) -> bool:
         """Whether any step looks at activations; a recipe that does not is data-free."""
-        return self.feedback or self.curvature or self.refit or self.correction > 0
+        fits = self.feedback or self.curvature or self.refit or self.correction > 0 or self.sweeps > 0
+        return fits or self.tune.epochs > 0 or self.budget is not None
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

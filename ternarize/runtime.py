@@ -25,14 +25,16 @@ from ternarize.errors import FormatError
 from ternarize.format import Layout
 from ternarize.packing import (
     check_packed,
+    decode_levels,
     dequantize_int8,
     int8_row_bytes,
+    level_row_bytes,
     pack_trits,
     packed_columns,
     quantize_int8,
     unpack_trits,
 )
-from ternarize.tensor import TernaryTensor, group_count
+from ternarize.tensor import Levels, TernaryTensor, group_count
 
 
 class TernaryLinear(nn.Module):
@@ -44,13 +46,17 @@ class TernaryLinear(nn.Module):
         shift: whether the grid has one.
         bias: whether the linear has one; a float parameter [O].
         device: of the (empty) buffers.
+        scale_bits, shift_bits: 16, or 8 or 4 for coded levels.
 
-    Buffers: `weight` uint8 [O, ceil(I / 5)], `scale` and `shift` fp16 [O, G].
+    Buffers: `weight` uint8 [O, ceil(I / 5)], and `scale` and `shift` fp16 [O, G]; or, where they are coded, `levels`
+    uint8 [O, R] and `limits` float32 [4] (see `packing`).
     """
 
     weight: Tensor
-    scale: Tensor
+    scale: Tensor | None
     shift: Tensor | None
+    levels: Tensor | None
+    limits: Tensor | None
 
     def __init__(
         self,
@@ -60,47 +66,75 @@ class TernaryLinear(nn.Module):
         shift: bool = True,
         bias: bool = False,
         device: torch.device | str | None = None,
+        scale_bits: int = 16,
+        shift_bits: int = 16,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.scale_bits, self.shift_bits = scale_bits, shift_bits if shift else 0
         self.replaces: type[nn.Module] = nn.Linear  # what `dequantize_modules` puts back
-        side = (out_features, group_count(in_features, group_size))
-        packed = (out_features, packed_columns(in_features))
-        self.register_buffer("weight", torch.empty(packed, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.empty(side, dtype=torch.float16, device=device))
-        self.register_buffer("shift", torch.empty(side, dtype=torch.float16, device=device) if shift else None)
+        groups = group_count(in_features, group_size)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((out_features, packed_columns(in_features)), torch.uint8)
+        }
+        if scale_bits == 16:
+            shapes["scale"] = ((out_features, groups), torch.float16)
+            if shift:
+                shapes["shift"] = ((out_features, groups), torch.float16)
+        else:
+            record = level_row_bytes(groups, self.scale_bits, self.shift_bits)
+            shapes |= {"levels": ((out_features, record), torch.uint8), "limits": ((4,), torch.float32)}
+        for name in ("weight", "scale", "shift", "levels", "limits"):
+            empty = torch.empty(shapes[name][0], dtype=shapes[name][1], device=device) if name in shapes else None
+            self.register_buffer(name, empty)
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
 
     @classmethod
     def from_tensor(cls, tensor: TernaryTensor, bias: Tensor | None = None) -> TernaryLinear:
-        """Pack a fitted weight; scale and shift are stored in fp16."""
-        shift = None if tensor.shift is None else tensor.shift.half()
-        return cls.from_packed(
-            tensor.shape, tensor.group_size, pack_trits(tensor.trits), tensor.scale.half(), shift, bias
-        )
+        """Pack a fitted weight; scale and shift are stored as its levels say, or in fp16."""
+        tensors: dict[str, Tensor] = {"weight": pack_trits(tensor.trits)}
+        levels = tensor.levels
+        if levels is not None:
+            tensors |= {"levels": levels.record, "limits": levels.limits}
+            return cls.from_packed(
+                tensor.shape,
+                tensor.group_size,
+                tensors,
+                levels.shift_bits > 0,
+                levels.scale_bits,
+                levels.shift_bits,
+                bias,
+            )
+        tensors["scale"] = tensor.scale.half()
+        if tensor.shift is not None:
+            tensors["shift"] = tensor.shift.half()
+        return cls.from_packed(tensor.shape, tensor.group_size, tensors, tensor.shift is not None, bias=bias)
 
     @classmethod
     def from_packed(
         cls,
         shape: tuple[int, int],
         group_size: int | None,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
+        tensors: dict[str, Tensor],
+        shift: bool,
+        scale_bits: int = 16,
+        shift_bits: int = 16,
         bias: Tensor | None = None,
     ) -> TernaryLinear:
-        """From the tensors of a file (see `format`); shape is (O, I)."""
+        """From the tensors of a file, by buffer name (see `format`); shape is (O, I)."""
         out_features, in_features = shape
         size = min(group_size or in_features, in_features)
-        linear = cls(in_features, out_features, size, shift is not None, bias is not None, device="meta")
-        linear.weight, linear.scale, linear.shift = weight, scale, shift
+        linear = cls(in_features, out_features, size, shift, bias is not None, "meta", scale_bits, shift_bits)
+        for name, buffer in linear._buffers.items():
+            if buffer is not None:
+                linear._buffers[name] = tensors[name]
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return linear
 
     def _apply(self, fn: Any, recurse: bool = True) -> TernaryLinear:
-        """Move, but never round: scale and shift stay fp16 under .to(dtype), as the file holds them."""
-        before = {name: self._buffers[name] for name in ("scale", "shift")}
+        """Move, but never round: scale, shift and limits stay as the file holds them under .to(dtype)."""
+        before = {name: self._buffers[name] for name in ("scale", "shift", "limits")}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
@@ -108,13 +142,25 @@ class TernaryLinear(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
+    def read_levels(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and shift, fp16 [O, G]; shift is None where the grid has none."""
+        if self.levels is None or self.limits is None:
+            assert self.scale is not None
+            return self.scale, self.shift
+        coded = Levels(self.levels, self.limits, self.scale_bits, self.shift_bits)
+        return decode_levels(coded, group_count(self.in_features, self.group_size))
+
     def to_tensor(self) -> TernaryTensor:
         """The weight as a TernaryTensor."""
-        return TernaryTensor(unpack_trits(self.weight, self.in_features), self.scale, self.shift, self.group_size)
+        coded = None
+        if self.levels is not None and self.limits is not None:
+            coded = Levels(self.levels, self.limits, self.scale_bits, self.shift_bits)
+        trits = unpack_trits(self.weight, self.in_features)
+        return TernaryTensor(trits, *self.read_levels(), self.group_size, coded)
 
     def dequantize(self) -> Tensor:
         """The float32 weight, [O, I]."""
-        return kernels.ternary_weight(self.weight, self.scale, self.shift, self.in_features, self.group_size)
+        return kernels.ternary_weight(self.weight, *self.read_levels(), self.in_features, self.group_size)
 
     def check(self, name: str) -> None:
         """Refuse contents that no conversion writes.
@@ -123,14 +169,17 @@ class TernaryLinear(nn.Module):
             FormatError: impossible bytes, or a scale or shift that is not finite, or a scale that is not positive.
         """
         check_packed(self.weight, self.in_features, f"{name}.weight")
-        if not bool(((self.scale > 0) & torch.isfinite(self.scale)).all()):
+        if self.limits is not None and not bool(torch.isfinite(self.limits).all()):
+            raise FormatError(f"{name}.limits has NaN or infinite values: the file is corrupted.")
+        scale, shift = self.read_levels()
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise FormatError(f"{name}.scale has values that are not positive and finite: the file is corrupted.")
-        if self.shift is not None and not bool(torch.isfinite(self.shift).all()):
+        if shift is not None and not bool(torch.isfinite(shift).all()):
             raise FormatError(f"{name}.shift has NaN or infinite values: the file is corrupted.")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in x's dtype."""
-        return kernels.ternary_linear(x, self.weight, self.scale, self.shift, self.bias, self.group_size)
+        return kernels.ternary_linear(x, self.weight, *self.read_levels(), self.bias, self.group_size)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
@@ -258,10 +307,11 @@ def replace_float_modules(model: nn.Module, layout: Layout) -> None:
         unfuse_experts(blocks, path, tuple(kept))
         for name, linear in list(linears(blocks, path)):
             if name not in kept:
-                replace_module(model, name, _empty_ternary(linear, layout))
+                full = f"{prefix}{name}" if strip else name
+                replace_module(model, name, _empty_ternary(linear, layout, layout.group_size_of(full)))
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         for name, multiplier in int8.items():
-            if strip and not _has_module(model, name):
+            if strip and not has_module(model, name):
                 continue  # the head, which a base model does not have
             replace_module(model, name, _empty_int8(model.get_submodule(name), layout.int8_group_size, multiplier))
     except AttributeError as error:
@@ -332,12 +382,13 @@ def check_packed_modules(model: nn.Module) -> None:
                 raise FormatError(f"{name}.weight has scales that are not positive and finite: the file is corrupted.")
 
 
-def _empty_ternary(linear: nn.Module, layout: Layout) -> TernaryLinear:
+def _empty_ternary(linear: nn.Module, layout: Layout, wanted: int | None) -> TernaryLinear:
     out_features, in_features = linear_shape(linear)
-    group_size = min(layout.group_size or in_features, in_features)
+    group_size = min(wanted or in_features, in_features)
     device = linear.weight.device  # type: ignore[union-attr]
     bias = getattr(linear, "bias", None) is not None
-    ternary = TernaryLinear(in_features, out_features, group_size, layout.shift, bias, device)  # type: ignore[arg-type]
+    bits = layout.scale_bits, layout.shift_bits
+    ternary = TernaryLinear(in_features, out_features, group_size, layout.shift, bias, device, *bits)  # type: ignore[arg-type]
     ternary.replaces = type(linear)
     return ternary
 
@@ -362,5 +413,6 @@ def _float_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, conv1
     return linear
 
 
-def _has_module(model: nn.Module, name: str) -> bool:
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether a model has a module of this name."""
     return any(path == name for path, _ in model.named_modules())

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ternarize.errors import TernarizeError
 from ternarize.grids import fit_grid, nearest
+from ternarize.packing import decode_levels, encode_levels
 from ternarize.recipe import Recipe
-from ternarize.tensor import TernaryTensor, expand_groups
+from ternarize.tensor import Levels, TernaryTensor, expand_groups
 
 COLUMN_BLOCK = 64  # columns whose feedback is applied to the rest of the row in one product
 REFIT_RIDGE = 1e-4  # pull of the refit towards the values it starts from, as a share of the diagonal
@@ -43,12 +44,14 @@ class LinearStatistics:
         teacher_energy: ||X W'||^2 / N, the error's denominator; None as above. Linears that read the same input share
             everything but this.
         tokens: N.
+        held_out: the same of other tokens, to which nothing is fitted; None where there are none.
     """
 
     second_moment: Tensor
     cross_moment: Tensor | None
     teacher_energy: float | None
     tokens: int
+    held_out: LinearStatistics | None = None
 
 
 def fit(weight: Tensor, statistics: LinearStatistics | None, recipe: Recipe) -> TernaryTensor:
@@ -69,35 +72,124 @@ def fit(weight: Tensor, statistics: LinearStatistics | None, recipe: Recipe) -> 
     in_features = weight.shape[1]
     group_size = min(recipe.group_size or in_features, in_features)
     if statistics is None or not recipe.needs_statistics:
-        scale, shift = fit_grid(weight, weight.new_ones(in_features), group_size, recipe.grid)
-        scale, shift = _stored(scale), _stored(shift)
-        trits = nearest(
-            weight, expand_groups(scale, in_features, group_size), expand_groups(shift, in_features, group_size)
-        )
-        return _ternary(trits, scale, shift, group_size, recipe)
+        stored = Stored.round(*fit_grid(weight, weight.new_ones(in_features), group_size, recipe.grid), recipe)
+        return stored.with_trits(nearest(weight, *stored.per_column(in_features, group_size)), group_size)
 
-    target = weight
     damped = _damp(statistics.second_moment, recipe.damping)
     order = _processing_order(damped, recipe.order)
     factor = inverse_factor(damped[order][:, order])  # U [I, I] in processing order
+    target = weight
     if recipe.correction and statistics.cross_moment is not None:
         target = correct_for_prefix(weight, statistics, damped, recipe.correction)
 
     importance = weight.new_ones(in_features)
     if recipe.curvature:
         importance[order] = factor.diagonal() ** -2
-    scale, shift = fit_grid(target, importance, group_size, recipe.grid)
-    scale, shift = _stored(scale), _stored(shift)
-    scale_I = expand_groups(scale, in_features, group_size)
-    shift_I = expand_groups(shift, in_features, group_size)
+    stored = Stored.round(*fit_grid(target, importance, group_size, recipe.grid), recipe)
+    scale, shift = stored.per_column(in_features, group_size)
     if recipe.feedback:
         trits = torch.empty_like(target)
-        trits[:, order] = round_with_feedback(target[:, order], scale_I[:, order], shift_I[:, order], factor)
+        trits[:, order] = round_with_feedback(target[:, order], scale[:, order], shift[:, order], factor)
     else:
-        trits = nearest(target, scale_I, shift_I)
+        trits = nearest(target, scale, shift)
     if recipe.refit:
-        scale, shift, trits = refit(target, trits, scale, shift, damped, group_size, with_shift=recipe.grid == "dlt")
-    return _ternary(trits, _stored(scale), _stored(shift), group_size, recipe)
+        with_shift = recipe.grid == "dlt"
+        scale, shift, trits = refit(target, trits, stored.scale, stored.shift, damped, group_size, with_shift)
+        stored = Stored.round(scale, shift, recipe)
+    if recipe.sweeps:
+        scale, shift = stored.per_column(in_features, group_size)
+        swept = sweep(target, trits, scale, shift, damped, order, recipe.sweeps)
+        better = _rows_that_gain(weight, scale * trits + shift, scale * swept + shift, statistics.held_out)
+        trits = torch.where(better[:, None], swept, trits)
+    return stored.with_trits(trits, group_size)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Scales and shifts as the file will give them back, and the codes that say so.
+
+    Args:
+        scale, shift: float32 [O, G]; shift is zero where the grid has none.
+        levels: the codes, or None where the file holds fp16.
+        with_shift: whether the grid has a shift.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    levels: Levels | None
+    with_shift: bool
+
+    @classmethod
+    def round(cls, scale: Tensor, shift: Tensor, recipe: Recipe) -> Stored:
+        """The nearest values that can be stored.
+
+        Raises:
+            TernarizeError: a value does not fit in fp16.
+        """
+        with_shift = recipe.grid == "dlt"
+        scale, shift = _fp16(scale).clamp(min=SMALLEST_SCALE), _fp16(shift)
+        if recipe.scale_bits == 16:
+            return cls(scale, shift, None, with_shift)
+        levels = encode_levels(scale, shift if with_shift else None, recipe.scale_bits, recipe.shift_bits)
+        coded, coded_shift = decode_levels(levels, scale.shape[1])
+        return cls(coded.float(), shift if coded_shift is None else coded_shift.float(), levels, with_shift)
+
+    def per_column(self, in_features: int, group_size: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift of every weight, [O, I]."""
+        return expand_groups(self.scale, in_features, group_size), expand_groups(self.shift, in_features, group_size)
+
+    def with_trits(self, trits: Tensor, group_size: int) -> TernaryTensor:
+        """The weight that is stored; trits [O, I]."""
+        shift = self.shift.half() if self.with_shift else None
+        return TernaryTensor(trits.to(torch.int8), self.scale.half(), shift, group_size, self.levels)
+
+
+def sweep(
+    target: Tensor, trits: Tensor, scale: Tensor, shift: Tensor, moment: Tensor, order: Tensor, sweeps: int
+) -> Tensor:
+    """Coordinate descent on the trits: each column in turn takes the level that lowers the error most.
+
+    With What = scale * trits + shift and P = (What - W) H, the best value for column j alone is What_j - P_j / H_jj.
+
+    Args:
+        target, trits, scale, shift: [O, I]; moment: H [I, I]; order: the columns' order of visit.
+        sweeps: how often all columns are visited.
+
+    Returns:
+        trits [O, I]; the error under H is at most what it was.
+    """
+    moment = moment[order][:, order]
+    difference = (scale * trits + shift - target)[:, order]
+    slope = moment @ difference.t()  # P, [I, O]: a column is one contiguous row
+    scale_IO, trits_IO = scale.t()[order].contiguous(), trits.t()[order].contiguous()
+    position = scale_IO * trits_IO
+    for _ in range(sweeps):
+        for start in range(0, len(order), COLUMN_BLOCK):
+            block = slice(start, start + COLUMN_BLOCK)
+            inner, local = moment[block, block], slope[block].clone()
+            before = position[block].clone()
+            for j in range(len(local)):
+                column = start + j
+                best = position[column] - local[j] / inner[j, j]
+                moved = nearest(best, scale_IO[column], 0.0) * scale_IO[column]
+                local[j:].addr_(inner[j, j:], moved - position[column])
+                position[column] = moved
+            slope.addmm_(moment[:, block], position[block] - before)
+    swept = torch.empty_like(trits)
+    swept[:, order] = (position / scale_IO).round_().t()
+    return swept
+
+
+def _rows_that_gain(weight: Tensor, before: Tensor, after: Tensor, held_out: LinearStatistics | None) -> Tensor:
+    """Which rows have a smaller error on held-out tokens; all of them where there are none. bool [O]."""
+    if held_out is None:
+        return torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    cross = held_out.second_moment if held_out.cross_moment is None else held_out.cross_moment
+
+    def error(fitted: Tensor) -> Tensor:  # ||X^ What' - X W'||^2 / N, up to what both have in common
+        return ((fitted @ held_out.second_moment - 2 * (weight @ cross.t())) * fitted).sum(1, dtype=torch.float64)
+
+    return error(after) < error(before)
 
 
 def round_with_feedback(weight: Tensor, scale: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
@@ -253,8 +345,8 @@ def _processing_order(moment: Tensor, order: str) -> Tensor:
     return torch.argsort(moment.diagonal(), descending=True, stable=True)
 
 
-def _stored(value: Tensor) -> Tensor:
-    """The value as the file will hold it: rounded to fp16.
+def _fp16(value: Tensor) -> Tensor:
+    """The value rounded to fp16, in float32.
 
     Raises:
         TernarizeError: it does not fit in fp16.
@@ -266,8 +358,3 @@ def _stored(value: Tensor) -> Tensor:
             "the weight has extreme values. Add this linear to skip in the recipe."
         )
     return rounded.float()
-
-
-def _ternary(trits: Tensor, scale: Tensor, shift: Tensor, group_size: int, recipe: Recipe) -> TernaryTensor:
-    scale = scale.clamp(min=SMALLEST_SCALE)
-    return TernaryTensor(trits.to(torch.int8), scale.half(), shift.half() if recipe.grid == "dlt" else None, group_size)

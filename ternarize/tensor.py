@@ -7,7 +7,7 @@ Shapes: O out features, I in features, S group size, G groups in a row = ceil(I 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ def expand_groups(per_group: Tensor, in_features: int, group_size: int) -> Tenso
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Coded scales and shifts of one weight, in 8 or 4 bits; `packing` draws the layout and does the coding.
+
+    Args:
+        record: uint8 [O, R], one record a row.
+        limits: float32 [4], shared by the whole weight.
+        scale_bits, shift_bits: 4 or 8; shift_bits is 0 for a grid without shift.
+    """
+
+    record: Tensor
+    limits: Tensor
+    scale_bits: int
+    shift_bits: int
+
+
+@dataclass(frozen=True)
 class TernaryTensor:
     """A weight in ternary form.
 
@@ -32,6 +48,7 @@ class TernaryTensor:
         scale: float [O, G], positive, in weight units.
         shift: float [O, G] in weight units, added after scaling; None where the grid has none.
         group_size: S, consecutive input columns that share one scale and shift.
+        levels: the codes whose values scale and shift are, where they are stored in fewer than 16 bits.
 
     Raises:
         ValueError: a shape, dtype or value breaks the formula's rules (a bug in the caller, not bad user input).
@@ -41,6 +58,7 @@ class TernaryTensor:
     scale: Tensor
     shift: Tensor | None
     group_size: int
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         if self.trits.dtype != torch.int8 or self.trits.ndim != 2:
@@ -61,6 +79,19 @@ class TernaryTensor:
                 raise ValueError(f"{name} has a NaN or infinite value")
         if not bool((self.scale > 0).all()):
             raise ValueError(f"scale is positive, found {float(self.scale.min())}")
+
+    def rows(self, start: int, stop: int) -> TernaryTensor:
+        """Some of the rows, as a weight of their own."""
+        part = slice(start, stop)
+        return TernaryTensor(
+            self.trits[part],
+            self.scale[part],
+            None if self.shift is None else self.shift[part],
+            self.group_size,
+            None
+            if self.levels is None
+            else replace(self.levels, record=self.levels.record[part], limits=self.levels.limits.clone()),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -3,8 +3,10 @@
     OUT.partial/
       state.json               the arguments, so that a continuation with others is refused
       calibration.safetensors  the token ids, fixed by the first run
+      group_sizes.json         what a budget gives each linear
       outside.safetensors      what lies outside the blocks
       block-00000.safetensors  one part per finished block; its .json is written after it and makes it count
+      distill.safetensors      a distillation under way
       final/                   the finished folder, renamed to OUT
 
 A part is durable before the next is begun, so a run that is killed at any point loses one block's work at most.
@@ -24,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ternarize.checkpoint import INDEX_FILE, SINGLE_FILE, sync_folder, write_tensors, write_text
+from ternarize.checkpoint import INDEX_FILE, SINGLE_FILE, copy_file, sync_folder, write_tensors, write_text
 from ternarize.errors import TernarizeError
 from ternarize.report import LinearReport
 
@@ -108,6 +110,16 @@ class Workspace:
         """Where the token ids are kept."""
         return self.folder / "calibration.safetensors"
 
+    @property
+    def group_sizes(self) -> Path:
+        """Where the group sizes that a budget led to are kept."""
+        return self.folder / "group_sizes.json"
+
+    @property
+    def distillation(self) -> Path:
+        """Where a distillation keeps what it needs to go on."""
+        return self.folder / "distill.safetensors"
+
     @staticmethod
     def block(index: int) -> str:
         """The name of a block's part."""
@@ -117,20 +129,27 @@ class Workspace:
         """Whether a part is durably on disk: its entries are written last."""
         return (self.folder / f"{part}.json").exists()
 
-    def write(self, part: str, tensors: dict[str, Tensor], entries: list[LinearReport]) -> None:
+    def write(
+        self, part: str, tensors: dict[str, Tensor], entries: list[LinearReport], tuned: dict[str, Any] | None = None
+    ) -> None:
         """Make one part durable.
+
+        Args:
+            tuned: how the tuning of its window ended, kept with the window's first block.
 
         Raises:
             StoppedError: the disk is full; earlier parts are safe.
         """
         write_tensors(self.folder / f"{part}.safetensors", tensors)
-        write_text(self.folder / f"{part}.json", json.dumps([asdict(entry) for entry in entries]))
+        facts = {"linears": [asdict(entry) for entry in entries], "tuned": tuned}
+        write_text(self.folder / f"{part}.json", json.dumps(facts))
 
-    def read(self, part: str) -> tuple[dict[str, Tensor], list[LinearReport]]:
-        """A part's tensors and entries."""
-        entries = json.loads((self.folder / f"{part}.json").read_text(encoding="utf-8"))
+    def read(self, part: str) -> tuple[dict[str, Tensor], list[LinearReport], dict[str, Any] | None]:
+        """A part's tensors, entries, and how its window's tuning ended."""
+        facts = json.loads((self.folder / f"{part}.json").read_text(encoding="utf-8"))
         tensors = load_file(self.folder / f"{part}.safetensors")
-        return tensors, [LinearReport(**(entry | {"shape": tuple(entry["shape"])})) for entry in entries]
+        entries = [LinearReport(**(entry | {"shape": tuple(entry["shape"])})) for entry in facts["linears"]]
+        return tensors, entries, facts["tuned"]
 
     def start_final(self) -> int:
         """Make `final` anew with the weight files in it; returns their bytes."""
@@ -139,6 +158,15 @@ class Workspace:
         self.final.mkdir()
         parts = [self.folder / f"{OUTSIDE}.safetensors", *sorted(self.folder.glob("block-*.safetensors"))]
         return write_shards(self.final, parts)
+
+    def copy_final(self, folder: Path) -> None:
+        """Make `final` anew as a copy of a finished folder."""
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.final.mkdir()
+        for path in folder.iterdir():
+            if path.is_file():
+                copy_file(path, self.final / path.name)
 
     def publish(self) -> None:
         """Put `final` in OUT's place in one rename, and clean up."""
@@ -158,7 +186,8 @@ def _is_ours(path: Path) -> bool:
     """Whether a conversion may have put this into OUT.partial."""
     return (
         re.fullmatch(
-            r"(state\.json|(calibration|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced", path.name
+            r"((state|group_sizes)\.json|(calibration|distill|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced",
+            path.name,
         )
         is not None
     )

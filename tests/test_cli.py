@@ -243,7 +243,7 @@ def test_stopped_conversion_exits_4(
     def stopped(*_: Any, **__: Any) -> None:
         raise StoppedError("the disk is full")
 
-    monkeypatch.setattr("ternarize.conversion.convert_block", stopped)
+    monkeypatch.setattr("ternarize.conversion.convert_window", stopped)
     assert run("convert", llama, "-o", tmp_path / "out", *settings) == (4, "", "error: the disk is full\n")
 
 

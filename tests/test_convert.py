@@ -244,16 +244,16 @@ def test_killed_while_replacing_it_never_loses_both_folders(
 
 def stop_at(block: int, error: BaseException, patch: pytest.MonkeyPatch) -> list[str]:
     """Raise `error` instead of converting the given block; returns the list of blocks that were converted."""
-    original = conversion.convert_block
+    original = conversion.convert_window
     converted: list[str] = []
 
-    def convert_block(module: nn.Module, name: str, index: int, *arguments: Any) -> Any:
-        if index == block:
+    def convert_window(window: dict[str, nn.Module], first: int, *arguments: Any) -> Any:
+        if first == block:
             raise error
-        converted.append(name)
-        return original(module, name, index, *arguments)
+        converted.extend(window)
+        return original(window, first, *arguments)
 
-    patch.setattr(conversion, "convert_block", convert_block)
+    patch.setattr(conversion, "convert_window", convert_window)
     return converted
 
 
@@ -512,10 +512,10 @@ def test_at_most_one_block_is_materialised(
 def test_live_tensors_do_not_grow_with_the_number_of_blocks(
     deep: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = conversion.convert_block
+    original = conversion.convert_window
     live: list[int] = []
 
-    def convert_block(*arguments: Any) -> Any:
+    def convert_window(*arguments: Any) -> Any:
         gc.collect()
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -525,7 +525,7 @@ def test_live_tensors_do_not_grow_with_the_number_of_blocks(
         live.append(sum(storages.values()))
         return original(*arguments)
 
-    monkeypatch.setattr(conversion, "convert_block", convert_block)
+    monkeypatch.setattr(conversion, "convert_window", convert_window)
     convert(deep, tmp_path / "out", recipe, progress=QUIET)
     assert len(live) == 6
     packed_block = Report.read(tmp_path / "out").output_bytes / 6

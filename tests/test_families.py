@@ -47,13 +47,13 @@ def convert_family(
     source = make_checkpoint(folder / "source", family, **changes)
     with pytest.MonkeyPatch.context() as patch:
         if walks is not None:
-            original = conversion.convert_block
+            original = conversion.convert_window
 
-            def convert_block(*arguments: Any) -> Any:
+            def convert_window(*arguments: Any) -> Any:
                 walks[:] = [arguments[-1]]
                 return original(*arguments)
 
-            patch.setattr(conversion, "convert_block", convert_block)
+            patch.setattr(conversion, "convert_window", convert_window)
         report = conversion.convert(source, folder / "ternary", recipe, progress=Progress(quiet=True))
     return source, folder / "ternary", report
 

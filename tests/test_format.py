@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ternarize import format as contract
 from ternarize.errors import FormatError, TernarizeError
-from ternarize.format import FORMAT_VERSION, PACKING, QUANT_METHOD, TRIPWIRE, Layout
+from ternarize.format import FORMAT_VERSIONS, PACKING, QUANT_METHOD, TRIPWIRE, Layout
 
 LAYOUT = Layout(
     blocks="model.layers",
@@ -22,6 +23,7 @@ LAYOUT = Layout(
     int8={"model.embed_tokens": 1.0},
     int8_group_size=32,
 )
+CODED = replace(LAYOUT, scale_bits=4, shift_bits=8, group_sizes={"model.layers.1.mlp.down_proj": 32})
 
 layouts = st.builds(
     Layout,
@@ -31,6 +33,12 @@ layouts = st.builds(
     kept=st.lists(st.text(), max_size=4).map(tuple),
     int8=st.dictionaries(st.text(), st.floats(1e-3, 1e3), max_size=3),
     int8_group_size=st.integers(1, 10**6),
+    scale_bits=st.just(16),
+    shift_bits=st.just(16),
+    group_sizes=st.dictionaries(st.text(), st.integers(1, 10**6), max_size=3),
+) | st.builds(
+    lambda bits: replace(LAYOUT, scale_bits=bits[0], shift_bits=bits[1]),
+    st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8)]),
 )
 
 
@@ -54,6 +62,17 @@ def test_the_config_has_exactly_this_form() -> None:
     }
 
 
+def test_what_version_1_cannot_say_is_written_as_version_2() -> None:
+    assert CODED.to_config() == LAYOUT.to_config() | {
+        "format_version": 2,
+        "scale_bits": 4,
+        "shift_bits": 8,
+        "group_sizes": {"model.layers.1.mlp.down_proj": 32},
+    }
+    assert CODED.group_size_of("model.layers.1.mlp.down_proj") == 32
+    assert CODED.group_size_of("model.layers.0.mlp.down_proj") == 64
+
+
 def test_a_whole_multiplier_is_read_as_a_float() -> None:
     layout = Layout.from_config(LAYOUT.to_config() | {"int8": {"model.embed_tokens": 8}})
     assert type(layout.int8["model.embed_tokens"]) is float
@@ -64,10 +83,10 @@ def test_a_whole_multiplier_is_read_as_a_float() -> None:
     [
         ("quant_method", "gptq", QUANT_METHOD),
         ("quant_method", None, QUANT_METHOD),
-        ("format_version", 2, str(FORMAT_VERSION)),
-        ("format_version", 0, str(FORMAT_VERSION)),
-        ("format_version", "1", str(FORMAT_VERSION)),
-        ("format_version", None, str(FORMAT_VERSION)),
+        ("format_version", 3, "1 and 2"),
+        ("format_version", 0, "1 and 2"),
+        ("format_version", "1", "1 and 2"),
+        ("format_version", None, "1 and 2"),
         ("packing", "base4", PACKING),
         ("packing", None, PACKING),
     ],
@@ -86,9 +105,9 @@ def test_a_newer_file_says_how_to_upgrade(key: str) -> None:
         Layout.from_config(LAYOUT.to_config() | {key: "newer"})
 
 
-@pytest.mark.parametrize("key", LAYOUT.to_config().keys())
+@pytest.mark.parametrize("key", CODED.to_config().keys())
 def test_a_missing_field_is_refused_by_name(key: str) -> None:
-    config = LAYOUT.to_config()
+    config = CODED.to_config()
     del config[key]
     with pytest.raises(FormatError, match=rf"config\.json.*\b{key}\b"):
         Layout.from_config(config)
@@ -105,12 +124,15 @@ def test_a_missing_field_is_refused_by_name(key: str) -> None:
         *[("shift", value) for value in (None, 0, 1, "true")],
         *[("kept", value) for value in (None, 3, "model.layers.0.mlp", [3], [None])],
         *[("int8", value) for value in (None, 3, ["lm_head"], "lm_head", {"lm_head": None}, {"lm_head": "one"})],
+        *[("scale_bits", value) for value in (None, 16, 5, "4", True)],
+        *[("shift_bits", value) for value in (None, 16, 0, 8.0)],
+        *[("group_sizes", value) for value in (None, 3, {"a": 0}, {"a": "64"}, ["a"])],
     ],
     ids=str,
 )
 def test_a_field_of_the_wrong_type_is_refused(key: str, value: Any) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
-        Layout.from_config(LAYOUT.to_config() | {key: value})
+        Layout.from_config(CODED.to_config() | {key: value})
 
 
 def test_a_format_error_is_one_that_the_user_can_meet() -> None:
@@ -125,14 +147,15 @@ def described_fields() -> list[str]:
 
 
 def test_the_spec_describes_the_fields_that_are_written_and_no_others() -> None:
-    assert described_fields() == list(LAYOUT.to_config())
+    assert described_fields() == list(CODED.to_config())
 
 
 def test_the_spec_states_the_values_that_are_written() -> None:
     spec = contract.__doc__ or ""
-    for key, value in (("quant_method", QUANT_METHOD), ("format_version", FORMAT_VERSION), ("packing", PACKING)):
+    for key, value in (("quant_method", QUANT_METHOD), ("packing", PACKING)):
         assert re.search(rf"^    {key} +{re.escape(json.dumps(value))}$", spec, re.MULTILINE)
-    assert f"format version {FORMAT_VERSION}." in spec.splitlines()[0]
+    assert f"format versions {' and '.join(map(str, FORMAT_VERSIONS))}." in spec.splitlines()[0]
+    assert re.search(r"^    format_version +1, or 2 ", spec, re.MULTILINE)
 
 
 def test_the_tripwires_name_says_what_to_do_and_what_kind_of_file_it_pretends_to_be() -> None:

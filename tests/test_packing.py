@@ -11,8 +11,11 @@ from torch import Tensor
 from ternarize.errors import FormatError
 from ternarize.packing import (
     check_packed,
+    decode_levels,
     dequantize_int8,
+    encode_levels,
     int8_row_bytes,
+    level_row_bytes,
     pack_trits,
     packed_columns,
     quantize_int8,
@@ -196,3 +199,60 @@ def test_int8_records_can_be_looked_up_like_an_embedding(columns: int, pick: lis
     packed = quantize_int8(torch.randn(4, columns, generator=torch.Generator().manual_seed(0)), 2)
     whole = dequantize_int8(packed, columns, 2)
     assert torch.equal(dequantize_int8(packed[torch.tensor(pick)], columns, 2), whole[torch.tensor(pick)])
+
+
+# -- levels ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_of_levels_has_these_bytes() -> None:
+    limits = torch.tensor([-4.0, 0.0, 3.0, 0.7])  # rows' tops from 2^-4 to 2^0, 3 octaves down, shifts to 0.7 scales
+    scale = torch.tensor([[1.0, 0.5, 0.125], [2**-4, 2**-4.6, 2**-7]])
+    shift = torch.tensor([[0.0, 0.35, -0.0875], [2**-4 * 0.1, 0.0, -(2**-7) * 0.7]])
+    levels = encode_levels(scale, shift, 4, 4, limits)
+    # row 0: top 255; scale codes 0, 5, 15; shift codes 8, 15, 1.  row 1: top 0; 0, 3, 15; 9, 8, 1
+    assert levels.record.tolist() == [[255, 0x50, 0x8F, 0x1F], [0, 0x30, 0x9F, 0x18]]
+    eight = encode_levels(scale, shift, 8, 8, limits)
+    assert eight.record[0].tolist() == [255, 0, 85, 255, 128, 255, 1]
+    assert encode_levels(scale, None, 4, 4, limits).record.tolist() == [[255, 0x50, 0x0F], [0, 0x30, 0x0F]]
+
+
+@pytest.mark.parametrize(("scale_bits", "shift_bits"), [(4, 4), (8, 8), (4, 8), (8, 4), (4, 0), (8, 0)])
+@pytest.mark.parametrize("groups", [1, 2, 9])
+def test_levels_come_back_within_half_a_step(scale_bits: int, shift_bits: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    scale = torch.exp2(torch.rand(40, groups, generator=generator) * 3 - 6)
+    shift = scale * (torch.rand(40, groups, generator=generator) - 0.5) if shift_bits else None
+    limits = torch.tensor([-6.0, -3.0, 3.0, 0.5])
+    levels = encode_levels(scale, shift, scale_bits, shift_bits, limits)
+    assert levels.record.shape == (40, level_row_bytes(groups, scale_bits, shift_bits))
+    assert levels.record.dtype == torch.uint8
+    read_scale, read_shift = decode_levels(levels, groups)
+    row_step, step = 3 / 255, 3 / (2**scale_bits - 1)
+    assert float((read_scale.double() / scale).log2().abs().max()) <= row_step / 2 + step / 2 + 2e-3
+    if shift is None:
+        assert read_shift is None
+    else:
+        assert read_shift is not None
+        half = 0.5 / (2 ** (shift_bits - 1) - 1) / 2
+        inside = (shift / read_scale).abs() <= 0.5  # the rounded scale may be too small to reach it
+        off = ((read_shift.double() - shift) / read_scale.double()).abs()[inside]
+        assert float(off.max()) <= half + 2e-3
+
+
+def test_chosen_limits_hold_nearly_all_groups_and_an_outlier_costs_the_others_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.exp2(torch.rand(100, 10, generator=generator) - 4)
+    scale[0, 0] *= 1e-3
+    read, _ = decode_levels(encode_levels(scale, None, 4, 4), 10)
+    error = (read.double() / scale).log2().abs()
+    assert float(error[0, 0]) > 5
+    error[0, 0] = 0
+    assert float(error.max()) < 0.1
+
+
+def test_levels_of_the_smallest_scales_stay_positive_and_finite() -> None:
+    scale = torch.full((3, 2), float(torch.finfo(torch.float16).smallest_normal))
+    read, shift = decode_levels(encode_levels(scale, torch.zeros(3, 2), 4, 4), 2)
+    assert bool((read > 0).all())
+    assert shift is not None
+    assert not shift.any()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ternarize.errors import TernarizeError
-from ternarize.recipe import DEFAULT, RECIPE_FOLDER, Calibration, Recipe, shipped
+from ternarize.recipe import DEFAULT, RECIPE_FOLDER, Calibration, Distillation, Recipe, Tuning, shipped
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))  # each is a test case by being there
 
@@ -38,15 +38,25 @@ recipes = st.builds(
         text=st.lists(st.text(), min_size=1, max_size=3).map(tuple),
         samples=st.integers(1, 10**6),
         length=st.integers(2, 10**6),
+        held_out=st.floats(0, 0.5),
         seed=st.integers(0, 2**31),
     ),
+    sweeps=st.integers(0, 20),
+    budget=st.none() | st.floats(1.61, 4),
+    scale_bits=st.sampled_from([8, 4]),
+    shift_bits=st.sampled_from([8, 4]),
+    tune=st.builds(Tuning, epochs=st.floats(0, 9), window=st.integers(1, 4), soften=st.floats(0, 1)),
+    distill=st.builds(Distillation, epochs=st.floats(0, 9), codes=st.sampled_from(["latent", "low-rank", "frozen"])),
 )
+
+
+PARTS: dict[str, Any] = {"calibration": Calibration, "tune": Tuning, "distill": Distillation}
 
 
 def keys() -> list[str]:
     """Every setting, dotted."""
-    plain = [f.name for f in dataclasses.fields(Recipe) if f.name != "calibration"]
-    return plain + [f"calibration.{f.name}" for f in dataclasses.fields(Calibration)]
+    plain = [f.name for f in dataclasses.fields(Recipe) if f.name not in PARTS]
+    return plain + [f"{part}.{f.name}" for part, kind in PARTS.items() for f in dataclasses.fields(kind)]
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -155,16 +165,17 @@ def test_a_recipe_is_frozen_and_can_be_a_key() -> None:
     assert {Recipe(): 1}[Recipe()] == 1
 
 
-@pytest.mark.parametrize("kind", [Recipe, Calibration])
+@pytest.mark.parametrize("kind", [Recipe, *PARTS.values()])
 def test_every_setting_is_described(kind: type) -> None:
     for field in dataclasses.fields(kind):
         assert re.search(rf"^ +{field.name}: \S", kind.__doc__ or "", re.MULTILINE), field.name
 
 
 def test_a_recipe_needs_statistics_if_any_step_does() -> None:
-    off = {"feedback": False, "curvature": False, "refit": False, "correction": 0.0}
+    off = {"feedback": False, "curvature": False, "refit": False, "sweeps": 0, "correction": 0.0}
     assert not Recipe(**off).needs_statistics  # type: ignore[arg-type]
-    for change in ({"feedback": True}, {"curvature": True}, {"refit": True}, {"correction": 0.5}):
+    steps: list[dict[str, Any]] = [{"feedback": True}, {"curvature": True}, {"refit": True}, {"correction": 0.5}]
+    for change in [*steps, {"sweeps": 1}, {"tune": Tuning(epochs=1)}, {"budget": 1.75}]:
         assert Recipe(**(off | change)).needs_statistics  # type: ignore[arg-type]
 
 
@@ -213,7 +224,35 @@ BAD: dict[str, list[Any]] = {
     "calibration.text": [[], 3, None, [3], [["self"]]],
     "calibration.samples": [0, -1, None, *WHOLE],
     "calibration.length": [1, 0, None, *WHOLE],
+    "calibration.held_out": [-0.1, 0.6, *NUMBER],
     "calibration.seed": [None, *WHOLE],
+    "budget": [1.6, 0, 4.5, "2", True, [2]],
+    "scale_bits": [3, 0, "4", None, 32],
+    "shift_bits": [3, 16, "4", None],
+    "sweeps": [-1, 21, None, *WHOLE],
+    "tune.window": [0, 5, None, *WHOLE],
+    "tune.soften": [-0.1, 1.1, *NUMBER],
+    "distill.samples": [0, None, *WHOLE],
+    "distill.batch": [0, None, *WHOLE],
+    "distill.depths": [0, None, *WHOLE],
+    "distill.checkpointing": FLAG,
+    "distill.check": [0, None, *WHOLE],
+    "distill.patience": [0, None, *WHOLE],
+    "distill.seed": [None, *WHOLE],
+    **{
+        f"{part}.{key}": values
+        for part in ("tune", "distill")
+        for key, values in {
+            "epochs": [-1, *NUMBER],
+            "codes": WORD,
+            "rank": [0, None, *WHOLE],
+            "levels": FLAG,
+            "thresholds": FLAG,
+            "rate": [0, -1, *NUMBER],
+            "level_rate": [0, -1, *NUMBER],
+            "off": [-0.1, *NUMBER],
+        }.items()
+    },
 }
 
 
@@ -241,6 +280,9 @@ def test_a_bad_value_is_refused_with_its_key_and_value(key: str, value: Any) -> 
         ("feedback", "yes", "true or false"),
         ("skip", 3, "a list of strings"),
         ("calibration.length", 1, "at least 2 tokens"),
+        ("shift_bits", 16, "16 where scale_bits is, and only there"),
+        ("tune.window", 5, "between 1 and 4 blocks"),
+        ("budget", 1.5, "above 1.6 (the trits alone), at most 4, or null"),
         ("version", 2, "this ternarize reads version 1; upgrade"),
     ],
 )

@@ -29,10 +29,11 @@ from ternarize.solver import (
     refit,
     relative_error,
     round_with_feedback,
+    sweep,
 )
 from ternarize.tensor import TernaryTensor, expand_groups, group_count
 
-DATA_FREE = Recipe(group_size=16, feedback=False, curvature=False, refit=False, correction=0.0)
+DATA_FREE = Recipe(group_size=16, feedback=False, curvature=False, refit=False, sweeps=0, correction=0.0)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -393,6 +394,9 @@ def same(a: TernaryTensor, b: TernaryTensor) -> bool:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
+    "levels in 8 bits": {"scale_bits": 8, "shift_bits": 8},
+    "levels in 4 bits": {"scale_bits": 4, "shift_bits": 4},
+    "sweeps": {"sweeps": 2},
     "symmetric": {"grid": "symmetric"},
     "absmean": {"grid": "absmean"},
     "natural order": {"order": "natural"},
@@ -429,7 +433,8 @@ def test_every_recipe_gives_a_valid_weight_in_stored_form(changes: dict[str, Any
 @pytest.mark.parametrize("order", ["curvature", "natural"])
 @pytest.mark.parametrize("grid", ["dlt", "symmetric"])
 def test_the_fit_is_the_slow_references_one_after_the_other(order: str, grid: str) -> None:
-    recipe = Recipe.from_dict({"group_size": 16, "order": order, "grid": grid, "damping": 0.02})
+    stored = {"scale_bits": 16, "shift_bits": 16, "sweeps": 0}
+    recipe = Recipe.from_dict({"group_size": 16, "order": order, "grid": grid, "damping": 0.02} | stored)
     weight, statistics = problem(6, 40)
     target, moment = weight.double(), statistics.second_moment.double()
     moment = moment + 0.02 * moment.diagonal().mean() * torch.eye(40, dtype=torch.float64)
@@ -458,17 +463,20 @@ def test_each_step_of_the_default_recipe_earns_its_place() -> None:
         total = 0.0
         for seed in range(4):
             weight, statistics = problem(16, 96, 10 * seed)
-            recipe = Recipe(**({"group_size": 16} | changes))
+            recipe = Recipe(**({"group_size": 16, "scale_bits": 16, "shift_bits": 16, "sweeps": 0} | changes))
             total += relative_error(weight, fit(weight, statistics, recipe).dequantize(), statistics)
         errors[name] = total
+    assert errors["sweeps"] < errors["default"] < errors["levels in 4 bits"] < 1.2 * errors["default"]
+    assert errors["levels in 8 bits"] < 1.01 * errors["default"]
     for worse in ("symmetric", "absmean", "natural order", "no feedback", "no refit", "data-free", "whole row"):
         assert errors["default"] < errors[worse], (worse, errors)
     assert errors["grid by curvature alone"] < errors["data-free"]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "groups of 1"])  # there scale and shift are one
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "groups of 1" and "levels" not in name])
 def test_a_shard_of_the_rows_fits_as_in_the_whole(name: str) -> None:
-    recipe = Recipe(**({"group_size": 16} | RECIPES[name]))
+    # Coded levels share their limits among all rows, so this holds for scales and shifts in fp16.
+    recipe = Recipe(**({"group_size": 16, "scale_bits": 16, "shift_bits": 16} | RECIPES[name]))
     weight, statistics = problem(12, 80)
     whole = fit(weight, statistics, recipe)
     for rows in (slice(0, 5), slice(5, 12), slice(3, 4)):
@@ -497,7 +505,7 @@ def test_the_order_of_the_columns_is_that_of_falling_curvature() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_without_statistics_codes_are_the_nearest_on_the_stored_grid(grid: str) -> None:
-    recipe = Recipe.from_dict({"grid": grid, "group_size": 16})
+    recipe = Recipe.from_dict({"grid": grid, "group_size": 16, "scale_bits": 16, "shift_bits": 16})
     weight, _ = problem(8, 40)
     fitted = fit(weight, None, recipe)
     scale, shift = (value.half().float() for value in fit_grid(weight, torch.ones(40), 16, recipe.grid))
@@ -584,3 +592,58 @@ def test_a_zero_weight_stays_zero() -> None:
 def test_one_row_and_one_column_can_be_fitted() -> None:
     fitted = fit(torch.tensor([[0.7]]), LinearStatistics(torch.tensor([[2.0]]), None, None, 5), Recipe())
     assert float(fitted.dequantize()) == pytest.approx(0.7, rel=1e-3)
+
+
+# -- sweeps ------------------------------------------------------------------------------------------------------------
+
+
+def slow_sweep(target: Tensor, trits: Tensor, scale: Tensor, shift: Tensor, moment: Tensor, order: Tensor) -> Tensor:
+    """One sweep, each column by trying all three trits on the whole error."""
+    trits = trits.clone()
+    for column in order.tolist():
+        errors = []
+        for trit in (-1.0, 0.0, 1.0):
+            tried = trits.clone()
+            tried[:, column] = trit
+            off = scale * tried + shift - target
+            errors.append(((off @ moment) * off).sum(1))
+        trits[:, column] = torch.stack(errors, 1).argmin(1).to(trits.dtype) - 1
+    return trits
+
+
+def sweep_case(in_features: int, seed: int) -> tuple[Tensor, ...]:
+    x = correlated_inputs(200, in_features, seed=seed)
+    moment = x.t() @ x / 200 + 1e-3 * torch.eye(in_features, dtype=torch.float64)
+    target = random(12, in_features, seed=seed + 5)
+    scale = random(12, in_features, seed=seed + 6).abs() + 0.5
+    shift = 0.1 * random(12, in_features, seed=seed + 7)
+    return target, nearest(target, scale, shift), scale, shift, moment, torch.randperm(in_features)
+
+
+@pytest.mark.parametrize("in_features", [1, 7, 70, 130])
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_a_sweep_takes_the_best_trit_of_each_column_in_turn(in_features: int, sweeps: int) -> None:
+    target, trits, scale, shift, moment, order = sweep_case(in_features, seed=in_features)
+    expected = trits
+    for _ in range(sweeps):
+        expected = slow_sweep(target, expected, scale, shift, moment, order)
+    found = sweep(target, trits, scale, shift, moment, order, sweeps)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, trits) or in_features == 1
+
+
+def test_a_row_keeps_its_trits_where_held_out_tokens_say_that_the_sweep_lost() -> None:
+    x, other = correlated_inputs(64, 48, seed=1).float(), correlated_inputs(64, 48, seed=9).float()
+    weight = random(200, 48, seed=4).float()
+    recipe = Recipe(group_size=16, sweeps=3, correction=0.0)
+    guarded = dataclasses.replace(statistics_of(x), held_out=statistics_of(other))
+    before = fit(weight, statistics_of(x), dataclasses.replace(recipe, sweeps=0)).dequantize()
+    swept = fit(weight, statistics_of(x), recipe).dequantize()
+    kept = fit(weight, guarded, recipe).dequantize()
+
+    def error(fitted: Tensor) -> Tensor:
+        return ((fitted - weight) @ other.t()).square().sum(1)
+
+    better = error(swept) < error(before)
+    assert 10 < int(better.sum()) < 190
+    assert torch.equal(kept, torch.where(better[:, None], swept, before))

@@ -204,10 +204,12 @@ def stored_weights(folder: Path) -> dict[str, Tensor]:
     tensors = read_tensors(folder)
     layout = read_config(folder)["quantization_config"]
     weights = {}
-    for name in sorted(key.removesuffix(".scale") for key in tensors if key.endswith(".scale")):
+    sides = (".scale", ".levels")
+    for name in sorted(key.rpartition(".")[0] for key in tensors if key.endswith(sides)):
         packed, scale, shift = (tensors.get(f"{name}.{part}") for part in ("weight", "scale", "shift"))
         assert packed is not None
-        assert scale is not None
+        if scale is None:
+            scale, shift = _levels(tensors[f"{name}.levels"], tensors[f"{name}.limits"], layout, name, folder)
         digits = torch.stack([packed.int() // 3**d % 3 - 1 for d in range(5)], dim=-1).flatten(1)
         columns = _columns(packed.shape[1], scale.shape[1], layout["group_size"], name, folder)
         group = torch.arange(columns) // (layout["group_size"] or columns)
@@ -221,6 +223,30 @@ def stored_weights(folder: Path) -> dict[str, Tensor]:
         codes = record[:, :columns].contiguous().view(torch.int8).float()
         weights[name] = codes * scales[:, torch.arange(columns) // group_size]
     return weights
+
+
+def _levels(record: Tensor, limits: Tensor, layout: dict[str, Any], name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Scale and shift [rows, groups] of coded levels, number by number in Python's floats; shift is 0 if not stored."""
+    report = json.loads((folder / "report.json").read_text())
+    columns = next(entry["shape"][1] for entry in report["linears"] if entry["name"] == name)
+    groups = -(-columns // (layout["group_size"] or columns))
+    bits, shift_bits = layout["scale_bits"], layout["shift_bits"] if layout["shift"] else 0
+    lo, hi, span, reach = limits.tolist()
+    scales, shifts = [], []
+    for first, *rest in record.tolist():
+        stream = [nibble for byte in rest for nibble in (byte % 16, byte // 16)]
+
+        def code(number: int, width: int, start: int, stream: list[int] = stream) -> int:
+            at = start + number * (width // 4)
+            return stream[at] if width == 4 else stream[at] + 16 * stream[at + 1]
+
+        top = lo + (hi - lo) * first / 255
+        row = [2 ** (top - span * code(g, bits, 0) / (2**bits - 1)) for g in range(groups)]
+        scales.append(row)
+        middle = 2 ** (shift_bits - 1) if shift_bits else 2
+        codes = [code(g, shift_bits, groups * bits // 4) if shift_bits else middle for g in range(groups)]
+        shifts.append([s * reach * (c - middle) / (middle - 1) for s, c in zip(row, codes, strict=True)])
+    return torch.tensor(scales, dtype=torch.float64).half(), torch.tensor(shifts, dtype=torch.float64).half()
 
 
 def _columns(packed: int, groups: int, group_size: int | None, name: str, folder: Path) -> int:

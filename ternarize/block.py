@@ -1,0 +1,218 @@
+"""One window of blocks: capture, fit, pack, tune, advance.
+
+A window is one block, or the few that the recipe lets learn together. Everything here works on blocks that are in
+memory and on the hidden states at their entrance; files are `conversion`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ternarize.architecture import choose_linears, linear_shape, linear_weight, replace_module
+from ternarize.calibration import Walk, capture
+from ternarize.checkpoint import tied_parameters
+from ternarize.errors import TernarizeError, UnsupportedModelError
+from ternarize.plan import Plan
+from ternarize.recipe import Recipe
+from ternarize.report import LinearReport
+from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, tie_int8_heads
+from ternarize.solver import LinearStatistics, fit, relative_error
+from ternarize.tuning import Tuned, make_ternary, make_trainable, tune
+
+FEWEST_TOKENS = 4  # an expert that saw fewer than in_features / FEWEST_TOKENS tokens is fitted without data
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a linear was fitted from: its float weight [O, I], and the statistics, None where there were too few."""
+
+    weight: Tensor
+    statistics: LinearStatistics | None
+    tokens: int
+
+
+def convert_window(
+    window: dict[str, nn.Module],
+    first: int,
+    recipe: Recipe,
+    teacher: Walk,
+    student: Walk,
+    group_sizes: dict[str, int] | None = None,
+) -> tuple[list[list[LinearReport]], Tuned | None]:
+    """Make the float blocks of a window (experts unfused) ternary in place.
+
+    Args:
+        window: the blocks by full name, in order; `first` is the number of the first one.
+        teacher, student: hidden states at the window's entrance; both are advanced to its exit.
+        group_sizes: of linears that have another one than the recipe's.
+
+    Returns:
+        One entry per linear, block by block; and how the tuning ended, if there was one.
+
+    Raises:
+        UnsupportedModelError: a linear never ran, so nothing is known about its inputs.
+    """
+    entrance = list(student.hidden)
+    fitted = []
+    for offset, (name, block) in enumerate(window.items()):
+        fitted.append(fit_block(block, name, first + offset, recipe, teacher, student, group_sizes or {}))
+        if recipe.needs_statistics and (offset + 1 < len(window) or not recipe.tune.epochs):
+            student.advance(first + offset, block)
+    tuned = None
+    if recipe.tune.epochs:
+        for (name, block), known in zip(window.items(), fitted, strict=True):
+            make_trainable(block, {linear: f.weight for linear, f in known.items()}, name, recipe.tune)
+        tuned = tune(list(window.values()), first, entrance, teacher.hidden, student, recipe)
+        student.hidden = entrance
+        for offset, block in enumerate(window.values()):
+            make_ternary(block)
+            student.advance(first + offset, block)
+    return [describe(block, name, known) for (name, block), known in zip(window.items(), fitted, strict=True)], tuned
+
+
+def fit_block(
+    block: nn.Module,
+    name: str,
+    index: int,
+    recipe: Recipe,
+    teacher: Walk,
+    student: Walk,
+    group_sizes: dict[str, int],
+) -> dict[str, Fitted]:
+    """Capture the statistics of a float block, fit its linears, and put a TernaryLinear in the place of each.
+
+    The teacher walks on; the student's hidden states stay at the entrance.
+
+    Raises:
+        UnsupportedModelError: a linear never ran.
+    """
+    chosen = choose_linears(block, name, recipe.skip).ternary
+    statistics: dict[str, LinearStatistics] = {}
+    if recipe.needs_statistics:
+        statistics = capture(block, index, chosen, teacher, student, recipe.calibration.held_out)
+    together: dict[tuple[int, int | None], list[str]] = {}
+    fitted = {}
+    for linear, module in chosen.items():
+        known = statistics.get(linear)
+        tokens = known.tokens if known else 0
+        if ".experts." in linear:
+            if tokens < linear_shape(module)[1] / FEWEST_TOKENS:
+                known = None
+        elif known is None and recipe.needs_statistics:
+            raise UnsupportedModelError(
+                f"{linear} never ran on the calibration text, or the model uses its weight without calling it. "
+                f"Add {linear!r} to skip in the recipe."
+            )
+        fitted[linear] = Fitted(linear_weight(module).float(), known, tokens)
+        size = group_sizes.get(linear, recipe.group_size)
+        together.setdefault((id(known.second_moment) if known else hash(linear), size), []).append(linear)
+    for (_, size), members in together.items():
+        own = replace(recipe, group_size=size)
+        _fit_together(block, name, {member: chosen[member] for member in members}, fitted, own)
+    return fitted
+
+
+def _fit_together(
+    block: nn.Module, name: str, members: dict[str, nn.Module], fitted: dict[str, Fitted], recipe: Recipe
+) -> None:
+    """Fit linears that read the same input as one weight: rows are independent, so the columns are visited once."""
+    weights = [fitted[member].weight for member in members]
+    try:
+        together = fit(torch.cat(weights), fitted[next(iter(members))].statistics, recipe)
+    except TernarizeError as error:
+        raise TernarizeError(f"{', '.join(members)}: {error}") from error
+    start = 0
+    for (member, module), weight in zip(members.items(), weights, strict=True):
+        linear = TernaryLinear.from_tensor(together.rows(start, start + len(weight)), getattr(module, "bias", None))
+        start += len(weight)
+        replace_module(block, member, linear, name)
+
+
+def describe(block: nn.Module, name: str, fitted: dict[str, Fitted]) -> list[LinearReport]:
+    """One entry for each ternary linear of a block, as it now is."""
+    entries = []
+    for member, known in fitted.items():
+        linear = block.get_submodule(member[len(name) + 1 :])
+        assert isinstance(linear, TernaryLinear)
+        tensor = linear.to_tensor()
+        stored = sum(b.numel() * b.element_size() for b in linear.buffers())
+        entries.append(
+            LinearReport(
+                name=member,
+                shape=tensor.shape,
+                zero_share=tensor.zero_share,
+                error=relative_error(known.weight, tensor.dequantize(), known.statistics),
+                bits=8 * stored / known.weight.numel(),
+                tokens=known.tokens,
+                data_free=known.statistics is None,
+            )
+        )
+    return entries
+
+
+def replay_block(
+    block: nn.Module,
+    name: str,
+    index: int,
+    recipe: Recipe,
+    teacher: Walk,
+    student: Walk,
+    tensors: dict[str, Tensor],
+    group_sizes: dict[str, int],
+) -> None:
+    """Walk teacher and student through a block that an earlier run finished, read back from `tensors`."""
+    if not recipe.needs_statistics:
+        return
+    teacher.advance(index, block)
+    for linear, module in choose_linears(block, name, recipe.skip).ternary.items():
+        packed = TernaryLinear.from_packed(
+            linear_shape(module),
+            group_sizes.get(linear, recipe.group_size),
+            {key.removeprefix(f"{linear}."): tensor for key, tensor in tensors.items() if key.startswith(f"{linear}.")},
+            recipe.grid == "dlt",
+            recipe.scale_bits,
+            recipe.shift_bits,
+            getattr(module, "bias", None),
+        )
+        replace_module(block, linear, packed.to(student.hidden[0].device), name)
+    student.advance(index, block)
+
+
+def pack_embeddings(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> dict[str, float]:
+    """Put the int8 embedding and head that the plan names in their places; returns {name: multiplier}."""
+    int8: dict[str, float] = {}
+    for name in plan.int8:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            int8[name] = embedding_multiplier(module, name)
+            new: nn.Module = Int8Embedding.from_weight(module.weight, recipe.int8_group_size, int8[name])
+        else:
+            assert isinstance(module, nn.Linear)
+            int8[name] = 1.0
+            new = Int8Head.from_weight(module.weight, recipe.int8_group_size, module.bias)
+        replace_module(model, name, new)
+    tie_int8_heads(model, tied_parameters(model))
+    return int8
+
+
+@torch.no_grad()
+def embedding_multiplier(module: nn.Embedding, name: str) -> float:
+    """The constant that an embedding's own forward puts on its rows (Gemma: sqrt(H)); 1.0 for a plain one.
+
+    Raises:
+        UnsupportedModelError: it does more than that.
+    """
+    ids = torch.arange(min(64, module.num_embeddings), device=module.weight.device)
+    rows, out = module.weight[ids], module(ids)
+    used = rows.abs() > 1e-3 * rows.abs().max()
+    multiplier = float((out[used] / rows[used]).median()) if bool(used.any()) else 1.0
+    if not torch.allclose(out, rows * multiplier, rtol=1e-4, atol=1e-6):
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) is more than a table of rows times a constant. "
+            "Set embeddings: keep in the recipe."
+        )
+    return multiplier

@@ -1,0 +1,325 @@
+"""End to end and brief: the whole student learns from the whole teacher, after every block was fitted.
+
+    loss = KL(teacher || student) of next-token distributions + off * mean over some depths of (1 - cosine of features)
+
+What learns is what `tuning` lets learn: codes, scales and shifts, in their stored form. Held-out KL decides: the best
+state is kept, the state before the first step included, and patience ends a run that no longer gains. A run that was
+stopped goes on from its last check. Under torchrun every process takes its share of the batches and gradients are
+averaged, so all hold the same student; the first one writes.
+
+Sources: TernaryLLM (arXiv 2406.07177) for OFF; Hinton et al. (arXiv 1503.02531) for distillation.
+
+Shapes: B windows, T tokens, V vocabulary, H hidden, K teacher logits kept for a token.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ternarize.architecture import linear_weight, linears
+from ternarize.calibration import autocast
+from ternarize.checkpoint import write_tensors
+from ternarize.errors import TernarizeError
+from ternarize.progress import Progress
+from ternarize.recipe import Distillation
+from ternarize.tuning import (
+    TrainableTernary,
+    make_ternary,
+    make_trainable,
+    parameter_groups,
+    schedule,
+    step_optimizer,
+)
+
+HELD_OUT_WINDOWS = 16  # at most: every check measures them all
+HELD_OUT_TOP = 256  # teacher logits kept for a held-out token; the rest is one more outcome
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """How a distillation went.
+
+    Args:
+        before, after: held-out KL to the teacher per token, nats.
+        steps, tokens: taken, and seen by all processes together.
+        seconds: of this and earlier runs.
+        curve: (tokens, held-out KL) at every check.
+    """
+
+    before: float
+    after: float
+    steps: int
+    tokens: int
+    seconds: float
+    curve: list[tuple[int, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The teacher's distribution for some tokens.
+
+    Args:
+        log_p: [N, V], or [N, K] of its likeliest tokens.
+        index: int64 [N, K], which those are; None for all.
+    """
+
+    log_p: Tensor
+    index: Tensor | None
+
+    @classmethod
+    def of(cls, logits: Tensor, top: int) -> Reference:
+        """From logits [..., V]; `top` is K, 0 for all."""
+        log_p = logits.flatten(0, -2).float().log_softmax(-1)
+        if not top or top >= log_p.shape[-1]:
+            return cls(log_p, None)
+        values, index = log_p.topk(top)
+        return cls(values, index)
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """Mean KL(teacher || student) per token, nats; tokens outside the likeliest K count as one outcome.
+
+        Args:
+            logits: the student's, [..., V].
+        """
+        log_q = logits.flatten(0, -2).float().log_softmax(-1)
+        if self.index is None:
+            return nn.functional.kl_div(log_q, self.log_p, reduction="batchmean", log_target=True)
+        log_q = log_q.gather(1, self.index)
+        rest_p, rest_q = (1 - part.exp().sum(1).clamp(max=1 - 1e-6) for part in (self.log_p, log_q))
+        inside = (self.log_p.exp() * (self.log_p - log_q)).sum(1)
+        return (inside + rest_p * (rest_p / rest_q).log()).mean()
+
+
+def distill(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    path: str,
+    ids: Tensor,
+    settings: Distillation,
+    held_out: float,
+    state: Path,
+    progress: Progress,
+    budget: float | None = None,
+) -> Distilled:
+    """Let a ternary model learn from its teacher, in place.
+
+    Args:
+        student: as `load` gives it, float32; its TernaryLinears hold what was learnt afterwards.
+        teacher: the float model.
+        path: of the list of decoder layers.
+        ids: int64 [B, T], the text; the last share `held_out` of the windows (16 at most) decides, unlearnt from.
+        state: file in which an interrupted run is continued; removed at the end.
+        budget: seconds after which the run ends, whatever is left; learning rates fall towards that moment.
+
+    Raises:
+        TernarizeError: too few windows for one step beside the held-out ones.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(teacher.parameters()).device
+    apart = min(max(1, math.ceil(held_out * len(ids))), HELD_OUT_WINDOWS)
+    taught, measured = ids[:-apart].to(device), ids[-apart:].to(device)
+    batches = len(taught) // (settings.batch * world)
+    if not batches:
+        raise TernarizeError(
+            f"{len(ids)} windows leave {len(taught)} to learn from, fewer than one step of {settings.batch} for each "
+            f"of {world} processes. Raise distill.samples, or lower distill.batch."
+        )
+    blocks = student.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    for module in (student, teacher):
+        module.requires_grad_(False)
+    for index, block in enumerate(blocks):
+        make_trainable(block, _float_weights(teacher, path, index), f"{path}.{index}", settings)
+    depths = [round((d + 1) * len(blocks) / settings.depths) for d in range(settings.depths)] if settings.off else []
+    modules = {name: m for name, m in student.named_modules() if isinstance(m, TrainableTernary)}
+    if settings.checkpointing:
+        _checkpoint_blocks(student, blocks)
+
+    def reference(window: Tensor, top: int) -> tuple[Reference, list[Tensor]]:
+        with torch.no_grad(), autocast(device):
+            out = teacher(input_ids=window, use_cache=False, output_hidden_states=bool(depths))
+        return Reference.of(out.logits, top), [out.hidden_states[d] for d in depths]
+
+    held = [(window, reference(window, HELD_OUT_TOP)[0]) for window in measured.split(settings.batch)]
+
+    @torch.no_grad()
+    def measure() -> float:
+        total = 0.0
+        for window, expected in held:
+            with autocast(device):
+                total += float(expected.divergence(student(input_ids=window, use_cache=False).logits)) * len(window)
+        return total / len(measured)
+
+    run = _Run.start(modules, settings, state, measure)
+    generator = torch.Generator().manual_seed(settings.seed)
+    epochs = math.ceil(settings.epochs)
+    order = torch.cat(
+        [torch.randperm(len(taught), generator=generator)[: batches * settings.batch * world] for _ in range(epochs)]
+    )
+    steps = math.ceil(batches * settings.epochs)
+    started = time.monotonic() - run.seconds
+    with progress.bar("distilling", total=steps, unit="step") as bar:
+        bar.update(run.step)
+        while run.step < steps:
+            share = run.step / steps
+            if budget is not None:
+                share = max(share, _agree((time.monotonic() - started) / max(budget - 1.5 * run.check_seconds, 1.0)))
+            if share >= 1 or run.since_best >= settings.patience:
+                break
+            first = (run.step * world + rank) * settings.batch
+            window = taught[order[first : first + settings.batch].to(device)]
+            expected, features = reference(window, 0)
+            with torch.enable_grad(), autocast(device):
+                out = student(input_ids=window, use_cache=False, output_hidden_states=bool(depths))
+                loss = expected.divergence(out.logits)
+                for depth, feature in zip(depths, features, strict=True):
+                    near = nn.functional.cosine_similarity(out.hidden_states[depth].float(), feature.float(), dim=-1)
+                    loss = loss + settings.off / len(depths) * (1 - near).mean()
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            del out, expected, features
+            step_optimizer(run.optimizer, schedule(share))
+            run.step += 1
+            run.seconds = time.monotonic() - started
+            bar.update(1)
+            if run.step % settings.check == 0:
+                run.check(measure, window.numel() * world, state if rank == 0 else None)
+                run.seconds = time.monotonic() - started
+    if run.step % settings.check:
+        run.check(measure, taught[: settings.batch].numel() * world, None)
+    run.restore_best()
+    for block in blocks:
+        make_ternary(block)
+    together()
+    if rank == 0:
+        state.unlink(missing_ok=True)
+    tokens = run.step * settings.batch * taught.shape[1] * world
+    return Distilled(run.curve[0][1], run.best, run.step, tokens, time.monotonic() - started, run.curve)
+
+
+class _Run:
+    """What changes while a distillation runs, and its copy on disk."""
+
+    def __init__(self, modules: dict[str, TrainableTernary], settings: Distillation) -> None:
+        self.modules = modules
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(modules.values(), settings), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self.step = self.since_best = 0
+        self.seconds = self.check_seconds = 0.0
+        self.best = math.inf
+        self.best_values: dict[str, Tensor] = {}
+        self.curve: list[tuple[int, float]] = []
+
+    @classmethod
+    def start(
+        cls, modules: dict[str, TrainableTernary], settings: Distillation, state: Path, measure: Callable[[], float]
+    ) -> _Run:
+        """From the beginning, or from where `state` says that an earlier run stopped."""
+        run = cls(modules, settings)
+        if state.exists():
+            run._read(state)
+        else:
+            run.check(measure, 0, None)
+        return run
+
+    def _learning(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{key}": parameter
+            for name, module in self.modules.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def check(self, measure: Callable[[], float], tokens_a_step: int, state: Path | None) -> None:
+        """Measure on held-out text, remember the best, and make the run durable in `state`."""
+        started = time.monotonic()
+        kl = _agree(measure())
+        self.curve.append((self.step * tokens_a_step, kl))
+        if kl < self.best:
+            self.best, self.since_best = kl, 0
+            self.best_values = {n: p.detach().cpu().clone() for n, p in self._learning().items()}
+        else:
+            self.since_best += 1
+        if state is not None:
+            self._write(state)
+        self.check_seconds = time.monotonic() - started
+
+    def restore_best(self) -> None:
+        """Give the modules the values of the best check."""
+        with torch.no_grad():
+            for name, parameter in self._learning().items():
+                parameter.copy_(self.best_values[name])
+
+    def _write(self, state: Path) -> None:
+        numbers = [self.step, self.since_best, self.seconds, self.best, *(v for point in self.curve for v in point)]
+        tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+        for name, parameter in self._learning().items():
+            moments = self.optimizer.state[parameter]
+            tensors |= {f"now/{name}": parameter.detach(), f"best/{name}": self.best_values[name]}
+            tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq", "step") if key in moments}
+        write_tensors(state, tensors)
+
+    def _read(self, state: Path) -> None:
+        with safe_open(state, framework="pt") as file, torch.no_grad():
+            keys = set(file.keys())
+            step, since_best, self.seconds, self.best, *curve = file.get_tensor("numbers").tolist()
+            self.step, self.since_best = int(step), int(since_best)
+            self.curve = [(int(tokens), kl) for tokens, kl in zip(curve[::2], curve[1::2], strict=True)]
+            for name, parameter in self._learning().items():
+                parameter.copy_(file.get_tensor(f"now/{name}"))
+                self.best_values[name] = file.get_tensor(f"best/{name}")
+                moments = {key: f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq", "step")}
+                self.optimizer.state[parameter] = {
+                    key: file.get_tensor(stored).to("cpu" if key == "step" else parameter.device)
+                    for key, stored in moments.items()
+                    if stored in keys
+                }
+
+
+def _float_weights(teacher: PreTrainedModel, path: str, index: int) -> dict[str, Tensor]:
+    """The teacher's weights of one block by name, where codes start inside their cells; fused experts have none."""
+    name = f"{path}.{index}"
+    return {linear: linear_weight(module).float() for linear, module in linears(teacher.get_submodule(name), name)}
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def together() -> None:
+    """Wait for all processes, where there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _agree(value: float) -> float:
+    """The mean of a number over all processes, so that all take the same decisions."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def _checkpoint_blocks(student: PreTrainedModel, blocks: nn.ModuleList) -> None:
+    """Keep only what enters each block for the backward pass, and compute the rest again."""
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in blocks:
+        block.training = True  # of the block alone: its dropout, if any, stays off

@@ -1,0 +1,129 @@
+"""The quality gate: after a conversion, is this still a language model, and how far is it from its teacher?
+
+Student and teacher are compared on the held-out calibration windows, from the hidden states that the walk through the
+blocks ends with, so that neither model has to be in memory as a whole; then the packed student goes on writing a
+held-out text for a few tokens. A collapsed model is called that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ternarize.architecture import find_blocks
+from ternarize.block import pack_embeddings
+from ternarize.calibration import Walk, finish_walk, first_held_out
+from ternarize.checkpoint import Checkpoint, place
+from ternarize.evaluate import Evaluation, Tally
+from ternarize.plan import Plan
+from ternarize.recipe import Recipe
+
+COLLAPSED_KL = 4.0  # nats a token: the student's distribution has little to do with the teacher's
+COLLAPSED_AGREEMENT = 0.1  # of the likeliest tokens; guessing the commonest token reaches about 0.05
+WEAK_RATIO = 2.0  # of the perplexities
+FEWEST_DISTINCT = 4  # tokens in the short text; a model that repeats itself has fewer
+PROMPT_TOKENS, TEXT_TOKENS = 16, 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says.
+
+    Args:
+        word: "close", "weak" or "collapsed".
+        why: in words, with the figures; what to do is part of it unless the student is close.
+        evaluation: the comparison on held-out calibration text, None where the recipe used no text.
+        text: what the student wrote on its own.
+    """
+
+    word: str
+    why: str
+    evaluation: dict[str, Any] | None
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare_walks(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, teacher: Walk, student: Walk, ids: list[Tensor]
+) -> Evaluation:
+    """Compare what teacher and student predict from the hidden states behind their last blocks, on held-out windows.
+
+    Args:
+        ids: the calibration windows in batches, int64 [B, T], as they were walked.
+    """
+    model = checkpoint.skeleton()
+    path, blocks = find_blocks(model)
+    checkpoint.load(model, "", exclude=f"{path}.")
+    place(model, str(ids[0].device))
+    windows = [
+        (batch, row)
+        for batch in range(min(first_held_out(len(ids), recipe.calibration.held_out), len(ids) - 1), len(ids))
+        for row in range(len(ids[batch]))
+    ]
+
+    def logits(walk: Walk, batch: int, row: int) -> Tensor:
+        one = slice(row, row + 1)
+        tuples = walk.calls[batch][-1].tuple_output
+        return finish_walk(model, blocks, walk.hidden[batch][one], ids[batch][one], tuples)[0, :-1]
+
+    expected = [logits(teacher, *window).half() for window in windows]
+    pack_embeddings(model, plan, recipe)
+    tally = Tally(with_teacher=True)
+    for (batch, row), reference in zip(windows, expected, strict=True):
+        tally.add(logits(student, batch, row), reference, ids[batch][row, 1:])
+    return tally.result("held-out calibration text", len(windows), ids[0].shape[1])
+
+
+@torch.no_grad()
+def judge(student: PreTrainedModel, tokenizer: Any, evaluation: Evaluation | None, prompt: Tensor | None) -> Verdict:
+    """Let the student write a little, and say what it is.
+
+    Args:
+        evaluation: against the teacher, if there is one.
+        prompt: int64 [T], a text to go on from; None starts from a word.
+    """
+    start = tokenizer("The", return_tensors="pt")["input_ids"][0] if prompt is None else prompt[:PROMPT_TOKENS]
+    ids = start[None].to(student.device)
+    out: Tensor = student.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TEXT_TOKENS, do_sample=False, pad_token_id=0
+    )[0, ids.shape[1] :]
+    text = tokenizer.decode(out, skip_special_tokens=True)
+    looping = len(out) == TEXT_TOKENS and len(out.unique()) < FEWEST_DISTINCT
+    return Verdict(*_verdict(evaluation, looping), None if evaluation is None else evaluation.to_dict(), text)
+
+
+def _verdict(evaluation: Evaluation | None, looping: bool) -> tuple[str, str]:
+    figures = ""
+    ratio = None
+    if evaluation is not None:
+        assert evaluation.teacher_perplexity is not None
+        assert evaluation.kl is not None
+        assert evaluation.agreement is not None
+        ratio = evaluation.perplexity / evaluation.teacher_perplexity
+        figures = (
+            f"perplexity {evaluation.perplexity:.4g}, {ratio:.3g} times the teacher's; KL {evaluation.kl:.2f} nats; "
+            f"the same top token in {100 * evaluation.agreement:.0f} % of the places"
+        )
+        if evaluation.kl >= COLLAPSED_KL or evaluation.agreement < COLLAPSED_AGREEMENT or ratio != ratio:
+            return "collapsed", f"{figures}. {ADVICE}"
+    if looping:
+        return "collapsed", f"it repeats itself without end{'; ' if figures else ''}{figures}. {ADVICE}"
+    if ratio is None:
+        return "weak", "without calibration text it was not compared with its teacher; such ternary weights rarely work"
+    if ratio > WEAK_RATIO:
+        return "weak", f"{figures}. {ADVICE}"
+    return "close", figures
+
+
+ADVICE = (
+    "Use a stronger recipe (balanced, best), more calibration.samples of text like your own, a larger model, "
+    "or skip the linears that `ternarize inspect` ranks worst."
+)

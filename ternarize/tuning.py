@@ -1,0 +1,316 @@
+"""Inside a window of blocks: learn scale, shift and codes against the teacher's output (DLT, with OFF).
+
+A `TrainableTernary` takes the place of each ternary linear. Per group, scale, shift and threshold learn as bounded
+factors around the fitted values, so that they can neither collapse nor run away:
+
+    scale     = scale_0 * 2 sigmoid(a)                      in (0, 2) scale_0
+    shift     = shift_0 + scale_0 * (sigmoid(b) - 1/2)      within half a scale of shift_0
+    threshold = 1/2 * 2 sigmoid(c)                          in (0, 1), in units of scale
+    trit      = round(latent / (2 threshold)), clamped to -1..1
+
+What the file cannot hold is not learnt: scale and shift are rounded to their stored form in the forward pass, and
+their gradient passes straight through. A code moves when its latent (a position in units of scale) crosses a
+threshold; its gradient passes where the latent lies inside the outermost levels (clipped straight-through estimator).
+
+Sources: TernaryLLM (arXiv 2406.07177) for DLT and OFF; CAT-Q (arXiv 2606.26650) for the bounded factors, the
+softening and the windows; LR-QAT (arXiv 2406.06385) for low-rank movers; Yin et al. (arXiv 1903.05662) for the clip.
+
+Shapes: O out features, I in features, G groups in a row, B windows, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ternarize.architecture import replace_module
+from ternarize.calibration import Walk, autocast, first_held_out
+from ternarize.packing import decode_levels, encode_levels
+from ternarize.recipe import Distillation, Recipe, Tuning
+from ternarize.runtime import TernaryLinear
+from ternarize.solver import SMALLEST_SCALE
+from ternarize.tensor import TernaryTensor, expand_groups
+
+CELL = 0.45  # a latent starts at most so far from its code's level
+HUBER = 1.0  # where the loss turns linear, in units of a token's root mean square
+SHARPEST = 30.0  # of the softened codes, when they are hardened
+
+
+class _NearestTrit(torch.autograd.Function):
+    """Forward the nearest trit; backward the identity where the position lies in -1..1."""
+
+    @staticmethod
+    def forward(ctx: Any, position: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(position.abs() <= 1.0)
+        return position.round().clamp_(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside
+
+
+class TrainableTernary(nn.Module):
+    """A ternary linear that can learn; starts as the one it is made from.
+
+    Args:
+        linear: the fitted one.
+        weight: the float weight [O, I], whose place inside each code's cell the latents start from; without it they
+            start at the levels.
+        settings: of the tuning.
+    """
+
+    def __init__(self, linear: TernaryLinear, weight: Tensor | None, settings: Tuning | Distillation) -> None:
+        super().__init__()
+        start = linear.to_tensor()
+        self.replaces, self.group_size, self.levels = linear.replaces, start.group_size, start.levels
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.sharpness = math.inf
+        self.register_buffer("scale_0", start.scale.float(), persistent=False)
+        with_shift = start.shift is not None
+        shift = start.shift.float() if start.shift is not None else torch.zeros_like(self.scale_0)
+        self.register_buffer("shift_0", shift, persistent=False)
+        trits = start.trits.float()
+        latent = trits
+        if weight is not None:
+            place = (weight.float() - self._columns(shift)) / self._columns(self.scale_0)
+            latent = (trits + (place - trits).clamp(-CELL, CELL)).clamp(-1, 1)
+        zeros = torch.zeros_like(self.scale_0)
+        self.scale_factor = nn.Parameter(zeros.clone(), requires_grad=settings.levels)
+        self.shift_factor = nn.Parameter(zeros.clone(), requires_grad=settings.levels and with_shift)
+        self.threshold_factor = nn.Parameter(zeros.clone(), requires_grad=settings.thresholds)
+        self.latent = nn.Parameter(latent, requires_grad=settings.codes == "latent")
+        self.down = self.up = None
+        if settings.codes == "low-rank":
+            rank = min(settings.rank, *latent.shape)
+            self.down = nn.Parameter(torch.randn(rank, self.in_features, device=latent.device) / math.sqrt(rank))
+            self.up = nn.Parameter(torch.zeros(self.out_features, rank, device=latent.device))
+        self.with_shift = with_shift
+
+    scale_0: Tensor
+    shift_0: Tensor
+
+    def _columns(self, per_group: Tensor) -> Tensor:
+        return expand_groups(per_group, self.in_features, self.group_size)
+
+    def stored_levels(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift [O, G] in their stored form, with straight-through gradients."""
+        scale, shift = self._levels()
+        with torch.no_grad():
+            kept_scale, kept_shift, _ = self._round(scale, shift)
+        return scale + (kept_scale - scale).detach(), shift + (kept_shift - shift).detach()
+
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        scale = (self.scale_0 * (2 * torch.sigmoid(self.scale_factor))).clamp(min=SMALLEST_SCALE)
+        return scale, self.shift_0 + self.scale_0 * (torch.sigmoid(self.shift_factor) - 0.5)
+
+    def _round(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Any]:
+        if self.levels is None:
+            return scale.half().float(), shift.half().float(), None
+        coded = encode_levels(
+            scale,
+            shift if self.with_shift else None,
+            self.levels.scale_bits,
+            self.levels.shift_bits,
+            self.levels.limits,
+        )
+        kept_scale, kept_shift = decode_levels(coded, scale.shape[1])
+        return kept_scale.float(), shift if kept_shift is None else kept_shift.float(), coded
+
+    def position(self) -> Tensor:
+        """Latents in units of twice the threshold, [O, I]: what is rounded to trits."""
+        latent: Tensor = self.latent
+        if self.down is not None and self.up is not None:
+            with torch.autocast(latent.device.type, enabled=False):  # the codes are to be the same when they are packed
+                latent = latent + self.up @ self.down
+        if not self.threshold_factor.requires_grad:
+            return latent
+        return latent / self._columns(2 * torch.sigmoid(self.threshold_factor))
+
+    def weight(self) -> Tensor:
+        """The float32 weight [O, I] of this moment."""
+        scale, shift = self.stored_levels()
+        position = self.position()
+        if math.isinf(self.sharpness):
+            trits = _NearestTrit.apply(position)
+        else:
+            s = self.sharpness
+            trits = (torch.tanh(s * (position - 0.5)) + torch.tanh(s * (position + 0.5))) / (2 * math.tanh(s / 2))
+        weight = self._columns(scale) * trits
+        return weight + self._columns(shift) if self.with_shift else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O], in x's dtype."""
+        return nn.functional.linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    @torch.no_grad()
+    def to_ternary(self) -> TernaryLinear:
+        """What was learnt, packed."""
+        trits = self.position().round().clamp_(-1, 1).to(torch.int8)
+        scale, shift, coded = self._round(*self._levels())
+        kept = shift.half() if self.with_shift else None
+        linear = TernaryLinear.from_tensor(TernaryTensor(trits, scale.half(), kept, self.group_size, coded), self.bias)
+        linear.replaces = self.replaces
+        return linear
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How the tuning of one window ended.
+
+    Args:
+        before, after: held-out loss of the window's output, no unit, as fitted and as learnt.
+        kept: whether what was learnt is kept.
+        steps: optimizer steps taken.
+    """
+
+    before: float
+    after: float
+    kept: bool
+    steps: int
+
+
+def make_trainable(block: nn.Module, weights: dict[str, Tensor], prefix: str, settings: Tuning | Distillation) -> None:
+    """Put a TrainableTernary in the place of every ternary linear of a block.
+
+    Args:
+        weights: float weights by full name, as far as they are known.
+        prefix: full name of the block.
+    """
+    for name, module in list(block.named_modules()):
+        if isinstance(module, TernaryLinear):
+            replace_module(block, name, TrainableTernary(module, weights.get(f"{prefix}.{name}"), settings))
+
+
+def make_ternary(block: nn.Module) -> None:
+    """Put what was learnt back as TernaryLinear."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, TrainableTernary):
+            replace_module(block, name, module.to_ternary())
+
+
+def tune(
+    window: list[nn.Module],
+    first: int,
+    entrance: list[Tensor],
+    exit_: list[Tensor],
+    walk: Walk,
+    recipe: Recipe,
+) -> Tuned:
+    """Learn the codes, scales and shifts of a window of blocks, whose linears are trainable; roll back if it lost.
+
+    Args:
+        window: the blocks, in order; `first` is the number of the first one.
+        entrance: the student's hidden states [B, T, H] per batch, where the window begins.
+        exit_: the teacher's hidden states where it ends.
+        walk: how each block is called.
+
+    Raises:
+        Nothing of its own; a window that did not gain is put back as it was.
+    """
+    settings = recipe.tune
+    device = entrance[0].device
+    fitted = first_held_out(len(entrance), recipe.calibration.held_out)
+    modules = [m for block in window for m in block.modules() if isinstance(m, TrainableTernary)]
+    start = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in modules]
+    steps = math.ceil(settings.epochs * fitted)
+
+    def run(batch: int) -> Tensor:
+        hidden = entrance[batch]
+        for offset, block in enumerate(window):
+            hidden = walk.calls[batch][first + offset].run(block, hidden)
+        return hidden
+
+    @torch.no_grad()
+    def held_out() -> float:
+        apart = range(fitted, len(entrance)) if fitted < len(entrance) else range(len(entrance))
+        with autocast(device):
+            return sum(float(window_loss(run(b), exit_[b], settings.off)) for b in apart) / len(apart)
+
+    before = held_out()
+    optimizer = torch.optim.AdamW(parameter_groups(modules, settings), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(recipe.calibration.seed)
+    order = [int(b) for _ in range(math.ceil(settings.epochs)) for b in torch.randperm(fitted, generator=generator)]
+    for step, batch in enumerate(order[:steps]):
+        progress = step / steps
+        for module in modules:
+            module.sharpness = sharpness(progress, settings.soften)
+        with torch.enable_grad(), autocast(device):
+            loss = window_loss(run(batch), exit_[batch], settings.off)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        step_optimizer(optimizer, schedule(progress))
+    for module in modules:
+        module.sharpness = math.inf
+    after = held_out()
+    kept = after < before
+    if not kept:
+        for module, values in zip(modules, start, strict=True):
+            for name, value in module.named_parameters():
+                value.data.copy_(values[name])
+    return Tuned(before, after, kept, steps)
+
+
+def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
+    """Huber loss of each token in units of its root mean square, plus `off` times one minus the cosine; a mean.
+
+    A few tokens carry activations that are thousands of times the others'; without the unit they would be all that
+    counts.
+
+    Args:
+        student, teacher: [B, T, H].
+    """
+    student, teacher = student.float(), teacher.float()
+    unit = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+    loss = nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
+    if off:
+        loss = loss + off * (1 - nn.functional.cosine_similarity(student, teacher, dim=-1)).mean()
+    return loss
+
+
+def parameter_groups(modules: Iterable[TrainableTernary], settings: Tuning | Distillation) -> list[dict[str, Any]]:
+    """What learns, codes and levels at their own rates."""
+    codes: list[nn.Parameter] = []
+    levels: list[nn.Parameter] = []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                (levels if name.endswith("_factor") else codes).append(parameter)
+    groups = [{"params": codes, "peak": settings.rate}, {"params": levels, "peak": settings.level_rate}]
+    return [group for group in groups if group["params"]]
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """One step on gradients that are averaged over all processes and clipped to a norm of 1.
+
+    Args:
+        factor: of the schedule, on each group's own peak rate.
+    """
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    if dist.is_initialized():
+        for parameter in learning:
+            if parameter.grad is None:  # an expert that got no tokens here may have got some elsewhere
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+    torch.nn.utils.clip_grad_norm_(learning, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak"]
+    optimizer.step()
+
+
+def sharpness(progress: float, soften: float) -> float:
+    """Of the codes: rises to `SHARPEST` over the share `soften` of the steps, then they are hard."""
+    return math.inf if progress >= soften else max(1.0, SHARPEST * progress / soften)
+
+
+def schedule(progress: float) -> float:
+    """Factor on the learning rates: a short linear rise, then a cosine to nothing; progress in 0..1."""
+    return min(progress / 0.05 + 0.05, 1.0) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,147 @@
+"""llama.cpp's 2-bit types (package `llama-cpp-python`, GGUF by `gguf`), with an importance matrix.
+
+The source is written as a float32 GGUF, `llama_model_quantize` turns it into the `type` asked for (Q2_K, Q2_K_S,
+IQ2_XXS, IQ2_XS, IQ2_S, IQ2_M, TQ1_0, TQ2_0), and the result is read back. The importance matrix is what llama.cpp's own
+tool makes: the mean square of every input of a linear layer, here over the calibration tokens. Default of the tool:
+its recipe puts larger types into some layers (they are counted as stored); `pure=1` asks for the one type everywhere.
+Embeddings and head stay in float32.
+
+All of these types pack 256 weights of a row. Where a width is no multiple of 256, llama.cpp falls back to types of
+more than 4 bits; this adapter stops with an error instead. Architectures: llama, qwen2, qwen3.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import Job, block_linears, read_checkpoint, start
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROTARY = (".self_attn.q_proj.", ".self_attn.k_proj.")
+
+
+def reorder(weight: Tensor, heads: int, back: bool = False) -> Tensor:
+    """Rows of q and k between the two halves of Hugging Face and the pairs of llama.cpp's `llama` (norm rotary)."""
+    split = (heads, -1, 2) if back else (heads, 2, weight.shape[0] // heads // 2)
+    return weight.unflatten(0, split).transpose(1, 2).reshape(weight.shape)
+
+
+def heads_of(config: dict, name: str) -> int | None:
+    """The number of heads whose rows llama.cpp wants in another order, if any."""
+    if config["model_type"] != "llama" or not any(part in name for part in ROTARY):
+        return None
+    return config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
+
+
+def write_float(source: Path, config: dict, names: dict[str, str], file: Path) -> None:
+    import gguf
+
+    rope = config.get("rope_parameters") or config
+    writer = gguf.GGUFWriter(file, config["model_type"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    for name, value in read_checkpoint(source):
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue
+        heads = heads_of(config, name)
+        value = value.float()
+        writer.add_tensor(names[name], (reorder(value, heads) if heads else value).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def importance(job: Job) -> dict[str, Tensor]:
+    """Mean square of every input of every linear inside the decoder blocks."""
+    model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32).eval()
+    sums: dict[str, Tensor] = {}
+    for name, module in block_linears(model).items():
+
+        def add(_: object, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            sums[name] = sums.get(name, 0) + inputs[0].flatten(0, -2).square().sum(0)
+
+        module.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for row in job.ids:
+            model(row[None], use_cache=False)
+    return {name: value / job.ids.numel() for name, value in sums.items()}
+
+
+def quantize(job: Job, matrix: dict[str, Tensor], before: Path, after: Path) -> None:
+    from llama_cpp import llama_cpp as native
+
+    arrays = {name: np.ascontiguousarray(value.numpy(), dtype=np.float32) for name, value in matrix.items()}
+    entries = (native.llama_model_imatrix_data * (len(arrays) + 1))()  # the last one stays empty
+    for entry, (name, array) in zip(entries, arrays.items(), strict=False):
+        entry.name, entry.size = name.encode(), array.size
+        entry.data = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params = native.llama_model_quantize_default_params()
+    params.nthread = torch.get_num_threads()
+    params.ftype = getattr(native, f"LLAMA_FTYPE_MOSTLY_{job.settings['type']}")
+    params.token_embedding_type = params.output_tensor_type = native.GGML_TYPE_F32
+    params.pure = job.settings["pure"]
+    params.imatrix = ctypes.cast(entries, ctypes.POINTER(native.llama_model_imatrix_data))
+    if native.llama_model_quantize(str(before).encode(), str(after).encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama_model_quantize failed for {job.settings['type']}")
+
+
+def main() -> None:
+    job = start("llama_cpp", {"type": "Q2_K", "pure": False})
+    config = json.loads((job.source / "config.json").read_text())
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
+    linears = block_linears(skeleton)
+    for name, module in linears.items():
+        if module.in_features % 256:
+            raise SystemExit(
+                f"llama.cpp cannot store {name} as {job.settings['type']}: its {module.in_features} columns are no "
+                "multiple of 256. llama.cpp would fall back to a type of more than 4 bits, which is not wanted here."
+            )
+    import gguf
+
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == config["model_type"])
+    mapping = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    names = {name: mapping.get_name(name, (".weight", ".bias")) for name, _ in read_checkpoint(job.source)}
+
+    before, after = job.out / "float.gguf", job.stored / "model.gguf"
+    with job.clock():
+        write_float(job.source, config, names, before)
+        matrix = {names[f"{name}.weight"]: value for name, value in importance(job).items()}
+        quantize(job, matrix, before, after)
+    before.unlink()
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(after).tensors}
+    weights, linear_bytes, types = {}, 0, Counter()
+    for linear in linears:
+        name = f"{linear}.weight"
+        tensor, heads = stored[names[name]], heads_of(config, name)
+        value = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        weights[name] = reorder(value, heads, back=True) if heads else value
+        linear_bytes += tensor.n_bytes
+        types[tensor.tensor_type.name] += 1
+    job.notes.append("Types of the linears: " + ", ".join(f"{n} {t}" for t, n in types.most_common()) + ".")
+    job.write_dense(weights)
+    job.write_result(linear_bytes, weights, ["llama-cpp-python", "gguf"])
+
+
+if __name__ == "__main__":
+    main()

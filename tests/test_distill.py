@@ -1,0 +1,223 @@
+"""The whole student learns from the whole teacher: it gets nearer, resumes, stops in time, and runs under torchrun."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCABULARY, contents, make_model, read_tensors
+from torch import Tensor
+
+from ternarize import Recipe, conversion
+from ternarize import distill as distillation
+from ternarize.conversion import convert, distill_again
+from ternarize.distill import Reference, distill
+from ternarize.errors import StoppedError, TernarizeError
+from ternarize.evaluate import load_any
+from ternarize.progress import Progress
+from ternarize.recipe import Distillation
+from ternarize.report import Report
+
+QUIET = Progress(quiet=True)
+SETTINGS = ["distill.samples=20", "distill.check=3", "distill.rate=0.02", "distill.level_rate=0.02"]
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def models(folder: Path) -> tuple[Any, Any]:
+    return load_any(folder, "cpu", torch.float32), make_model("llama")
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_divergence_is_kl_from_teacher_to_student() -> None:
+    teacher, student = random(2, 5, 11), random(2, 5, 11, seed=1)
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    expected = float((p * (p / q).log()).sum(-1).mean())
+    assert float(Reference.of(teacher, 0).divergence(student)) == pytest.approx(expected, rel=1e-5)
+    assert float(Reference.of(teacher, 11).divergence(student)) == pytest.approx(expected, rel=1e-5)
+    assert float(Reference.of(teacher, 0).divergence(teacher)) == pytest.approx(0, abs=1e-6)
+
+
+def test_tokens_beyond_the_likeliest_count_as_one_outcome() -> None:
+    teacher, student = random(1, 7, 30), random(1, 7, 30, seed=1)
+    p, q = teacher[0].double().softmax(-1), student[0].double().softmax(-1)
+    total = 0.0
+    for row in range(7):
+        likeliest = p[row].argsort(descending=True)[:4].tolist()
+        total += sum(float(p[row, i] * (p[row, i] / q[row, i]).log()) for i in likeliest)
+        rest_p, rest_q = 1 - float(p[row, likeliest].sum()), 1 - float(q[row, likeliest].sum())
+        total += rest_p * math.log(rest_p / rest_q)
+    reference = Reference.of(teacher, 4)
+    assert reference.log_p.shape == (7, 4)
+    assert float(reference.divergence(student)) == pytest.approx(total / 7, rel=1e-4)
+    assert total / 7 <= float(Reference.of(teacher, 0).divergence(student)) + 1e-6
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def ids(count: int = 24, length: int = 32) -> Tensor:
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("changes", [{}, {"off": 0.2}, {"codes": "low-rank", "rank": 4}, {"checkpointing": True}])
+def test_a_student_gets_nearer_to_its_teacher(ternary: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    student, teacher = models(ternary)
+    settings = Distillation(epochs=3, batch=2, check=10, rate=1e-2, level_rate=1e-2, **changes)
+    done = distill(student, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "state", QUIET)
+    assert done.after < 0.95 * done.before
+    assert done.after == min(kl for _, kl in done.curve)
+    assert (done.steps, done.tokens) == (30, 30 * 2 * 32)
+    assert not (tmp_path / "state").exists()
+    held = ids()[-3:]
+    with torch.no_grad():
+        kl = Reference.of(teacher(input_ids=held).logits, 0).divergence(student(input_ids=held).logits)
+    assert float(kl) == pytest.approx(done.after, rel=0.1)  # the packed student is the one that was measured
+
+
+def test_a_run_that_only_loses_leaves_the_student_as_it_was(ternary: Path, tmp_path: Path) -> None:
+    student, teacher = models(ternary)
+    before = {name: t.clone() for name, t in student.state_dict().items()}
+    settings = Distillation(epochs=9, batch=2, check=1, patience=3, rate=50.0, level_rate=50.0)
+    done = distill(student, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "state", QUIET)
+    assert done.after == done.before
+    assert done.steps == 3  # patience
+    after = student.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_check(
+    ternary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Distillation(epochs=2, batch=2, check=4, rate=1e-2)
+    whole, teacher = models(ternary)
+    expected = distill(whole, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "a", QUIET)
+
+    taken = 0
+
+    def step(*arguments: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 11:
+            raise Killed
+        original(*arguments)
+
+    original = distillation.step_optimizer
+    cut, teacher = models(ternary)
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "step_optimizer", step)
+        with pytest.raises(Killed):
+            distill(cut, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "b", QUIET)
+    again, teacher = models(ternary)
+    done = distill(again, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "b", QUIET)
+    assert done.curve == expected.curve
+    state, reference = again.state_dict(), whole.state_dict()
+    assert all(torch.equal(state[name], reference[name]) for name in reference)
+
+
+def test_a_time_budget_ends_the_run(ternary: Path, tmp_path: Path) -> None:
+    student, teacher = models(ternary)
+    settings = Distillation(epochs=100_000, batch=2, check=50, patience=10_000)
+    started = time.monotonic()
+    done = distill(student, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "state", QUIET, budget=4.0)
+    assert 1.0 < time.monotonic() - started < 8.0
+    assert done.steps > 0
+    assert done.after <= done.before
+
+
+def test_too_little_text_is_refused(ternary: Path, tmp_path: Path) -> None:
+    student, teacher = models(ternary)
+    with pytest.raises(TernarizeError, match="fewer than one step of 16"):
+        distill(student, teacher, "model.layers", ids(4), Distillation(epochs=1, batch=16), 0.5, tmp_path / "s", QUIET)
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def best(recipe: Recipe) -> Recipe:
+    return recipe.with_settings([*SETTINGS, "distill.epochs=2", "tune.epochs=1"])
+
+
+def test_a_conversion_that_ends_with_distillation(llama: Path, best: Recipe, tmp_path: Path) -> None:
+    report = convert(llama, tmp_path / "best", best, progress=QUIET)
+    without = convert(llama, tmp_path / "tuned", replace(best, distill=Distillation()), progress=QUIET)
+    assert len(report.run["tune"]) == 2
+    assert report.run["distill"]["after"] < report.run["distill"]["before"]
+    assert report.output_bytes == without.output_bytes
+    changed = read_tensors(tmp_path / "best")
+    before = read_tensors(tmp_path / "tuned")
+    assert changed.keys() == before.keys()
+    different = {name for name in before if not torch.equal(before[name], changed[name])}
+    assert different
+    assert all(name.rpartition(".")[2] in ("weight", "levels") for name in different)
+    student = load_any(tmp_path / "best", "cpu", torch.float32)
+    assert report.linears[0].zero_share == pytest.approx(
+        student.get_submodule(report.linears[0].name).to_tensor().zero_share
+    )
+
+
+def test_a_conversion_stopped_while_distilling_resumes(
+    llama: Path, best: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(llama, tmp_path / "whole", best, progress=QUIET)
+    original = distillation._Run.check
+
+    def check(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.step == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation._Run, "check", check)
+        with pytest.raises(StoppedError, match="--resume"):
+            convert(llama, tmp_path / "cut", best, progress=QUIET)
+    fitted = monkeypatch.setattr(conversion, "convert_window", None)
+    assert fitted is None
+    convert(llama, tmp_path / "cut", best, resume=True, progress=QUIET)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_no_time_left_means_no_distillation(llama: Path, best: Recipe, tmp_path: Path) -> None:
+    report = convert(llama, tmp_path / "out", best, budget=1.0, progress=QUIET)
+    assert "distill" not in report.run
+    assert report.run["verdict"]["word"] in ("close", "weak", "collapsed")
+
+
+def test_a_finished_folder_can_be_distilled(ternary: Path, llama: Path, tmp_path: Path) -> None:
+    before = contents(ternary)
+    report = distill_again(ternary, llama, tmp_path / "out", SETTINGS, progress=QUIET)
+    assert report is not None
+    assert report.run["distill"]["after"] < report.run["distill"]["before"]
+    assert contents(ternary) == before
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml").distill.epochs == 1
+    assert Report.read(tmp_path / "out").run["distill"]["steps"] == report.run["distill"]["steps"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_two_processes_under_torchrun_share_the_work(ternary: Path, llama: Path, tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "ternarize.cli", "distill", str(ternary), "--teacher", str(llama)]
+    command += ["-o", str(tmp_path / "out"), "--json", *(part for s in SETTINGS for part in ("--set", s))]
+    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=os.environ, timeout=240)
+    assert ran.returncode in (0, 5), ran.stderr
+    done = Report.read(tmp_path / "out").run["distill"]
+    assert done["after"] < done["before"]
+    assert done["tokens"] == done["steps"] * 2 * 2 * 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
