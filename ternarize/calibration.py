@@ -10,6 +10,7 @@ Shapes: B windows in a batch, T tokens in a window, H hidden, I in features, N =
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,7 +64,12 @@ class Walk:
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether products in bfloat16 are fast there: on accelerators, and on processors with instructions for it."""
+    """Whether products in bfloat16 are fast there: on accelerators, and on processors with instructions for it.
+
+    TERNARIZE_BFLOAT16=0 in the environment keeps all products in float32, for the same numbers on every machine.
+    """
+    if os.environ.get("TERNARIZE_BFLOAT16") == "0":
+        return False
     if device.type != "cpu":
         return True
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -7,6 +7,7 @@ held-out text for a few tokens. A collapsed model is called that.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,9 +25,11 @@ from ternarize.recipe import Recipe
 
 COLLAPSED_KL = 4.0  # nats a token: the student's distribution has little to do with the teacher's
 COLLAPSED_AGREEMENT = 0.1  # of the likeliest tokens; guessing the commonest token reaches about 0.05
+LOOPING_AGREEMENT = 0.3  # a small model may loop in greedy text although it predicts well
 WEAK_RATIO = 2.0  # of the perplexities
 FEWEST_DISTINCT = 4  # tokens in the short text; a model that repeats itself has fewer
 PROMPT_TOKENS, TEXT_TOKENS = 16, 32
+OPENING = "Once upon a time, there was a"
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,9 @@ def judge(student: PreTrainedModel, tokenizer: Any, evaluation: Evaluation | Non
 
     Args:
         evaluation: against the teacher, if there is one.
-        prompt: int64 [T], a text to go on from; None starts from a word.
+        prompt: int64 [T], a text to go on from; None is the opening of a tale.
     """
-    start = tokenizer("The", return_tensors="pt")["input_ids"][0] if prompt is None else prompt[:PROMPT_TOKENS]
+    start = tokenizer(OPENING, return_tensors="pt")["input_ids"][0] if prompt is None else prompt[:PROMPT_TOKENS]
     ids = start[None].to(student.device)
     out: Tensor = student.generate(  # type: ignore[operator]
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TEXT_TOKENS, do_sample=False, pad_token_id=0
@@ -101,26 +104,28 @@ def judge(student: PreTrainedModel, tokenizer: Any, evaluation: Evaluation | Non
 
 
 def _verdict(evaluation: Evaluation | None, looping: bool) -> tuple[str, str]:
-    figures = ""
-    ratio = None
-    if evaluation is not None:
-        assert evaluation.teacher_perplexity is not None
-        assert evaluation.kl is not None
-        assert evaluation.agreement is not None
-        ratio = evaluation.perplexity / evaluation.teacher_perplexity
-        figures = (
-            f"perplexity {evaluation.perplexity:.4g}, {ratio:.3g} times the teacher's; KL {evaluation.kl:.2f} nats; "
-            f"the same top token in {100 * evaluation.agreement:.0f} % of the places"
+    loops = "it repeats itself without end" if looping else ""
+    if evaluation is None:
+        if looping:
+            return "collapsed", f"{loops}. {ADVICE}"
+        return (
+            "weak",
+            f"without calibration text it was not compared with its teacher; such models rarely work. {ADVICE}",
         )
-        if evaluation.kl >= COLLAPSED_KL or evaluation.agreement < COLLAPSED_AGREEMENT or ratio != ratio:
-            return "collapsed", f"{figures}. {ADVICE}"
-    if looping:
-        return "collapsed", f"it repeats itself without end{'; ' if figures else ''}{figures}. {ADVICE}"
-    if ratio is None:
-        return "weak", "without calibration text it was not compared with its teacher; such ternary weights rarely work"
-    if ratio > WEAK_RATIO:
-        return "weak", f"{figures}. {ADVICE}"
-    return "close", figures
+    assert evaluation.teacher_perplexity is not None
+    assert evaluation.kl is not None
+    assert evaluation.agreement is not None
+    ratio = evaluation.perplexity / evaluation.teacher_perplexity
+    why = (
+        f"perplexity {evaluation.perplexity:.4g}, {ratio:.3g} times the teacher's; KL {evaluation.kl:.2f} nats; "
+        f"the same top token in {100 * evaluation.agreement:.0f} % of the places{'; ' if looping else ''}{loops}"
+    )
+    far = evaluation.kl >= COLLAPSED_KL or evaluation.agreement < COLLAPSED_AGREEMENT or math.isnan(ratio)
+    if far or (looping and evaluation.agreement < LOOPING_AGREEMENT):
+        return "collapsed", f"{why}. {ADVICE}"
+    if looping or ratio > WEAK_RATIO:
+        return "weak", f"{why}. {ADVICE}"
+    return "close", why
 
 
 ADVICE = (

@@ -234,7 +234,8 @@ def budget_for_size(source: str, revision: str | None, recipe: Recipe, target: i
     """
     plan = make_plan(Checkpoint(resolve(source, revision)), replace(recipe, budget=None))
     ternary = sum(ternary_bytes(*shape, recipe) for shape in plan.ternary.values())
-    headers = 200 * (3 * len(plan.ternary) + len(plan.kept))  # of the files, a generous guess
+    names = [*plan.ternary, *plan.ternary, *plan.ternary, *plan.int8, *(kept.name for kept in plan.kept)]
+    headers = sum(len(name) + 85 for name in names)  # of the files: name, dtype, shape and place of every tensor
     left = 8 * (target - (plan.output_bytes - ternary) - headers) / plan.ternary_weights
     if not 1.6 < left <= 4:
         raise TernarizeError(

@@ -106,7 +106,7 @@ class Distillation:
     rank: int = 32
     levels: bool = True
     thresholds: bool = False
-    rate: float = 3e-3
+    rate: float = 7e-4
     level_rate: float = 3e-3
     off: float = 0.0
     depths: int = 3

@@ -12,6 +12,7 @@ import struct
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,24 @@ def source(llama: Path, tmp_path: Path) -> Path:
     return copy_folder(llama, tmp_path / "source")
 
 
+@pytest.fixture(scope="module")
+def in_fp16(llama: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted folder whose scales and shifts are fp16."""
+    output = tmp_path_factory.mktemp("fp16") / "fp16"
+    convert(llama, output, replace(recipe, scale_bits=16, shift_bits=16), progress=QUIET)
+    return output
+
+
 @pytest.fixture
-def packed(ternary: Path, tmp_path: Path) -> Path:
-    """A converted folder to damage."""
-    return copy_folder(ternary, tmp_path / "packed")
+def packed(in_fp16: Path, tmp_path: Path) -> Path:
+    """A converted folder to damage; scales and shifts are fp16."""
+    return copy_folder(in_fp16, tmp_path / "packed")
+
+
+@pytest.fixture
+def coded(ternary: Path, tmp_path: Path) -> Path:
+    """A converted folder to damage; scales and shifts are coded."""
+    return copy_folder(ternary, tmp_path / "coded")
 
 
 @pytest.fixture
@@ -482,6 +497,26 @@ def test_packed_values_that_no_conversion_writes(
 
 
 @each_loader
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (set_item(f"{UP}.limits", 1, float("nan")), rf"{UP}\.limits has NaN or infinite"),
+        (set_item(f"{UP}.limits", 1, float("inf")), rf"{UP}\.limits has NaN or infinite"),
+        (set_item(f"{UP}.limits", slice(0, 2), 99.0), rf"{UP}\.scale has values that are not positive and finite"),
+        (set_item(f"{UP}.limits", 3, 1e30), rf"{UP}\.shift has NaN or infinite"),
+        (lambda tensors: tensors.pop(f"{UP}.limits"), rf"1 missing: {UP}\.limits"),
+        (lambda tensors: tensors.pop(f"{UP}.levels"), rf"1 missing: {UP}\.levels"),
+    ],
+    ids=["nan", "inf", "too large", "shift", "no limits", "no levels"],
+)
+def test_levels_that_no_conversion_writes(
+    loader: Callable[[Path], Any], change: Callable[[dict[str, Tensor]], None], match: str, coded: Path
+) -> None:
+    with pytest.raises(FormatError, match=match):
+        loader(edit_tensors(coded, change))
+
+
+@each_loader
 @pytest.mark.parametrize("part", [f"{UP}.weight", f"{UP}.scale", f"{UP}.shift", "model.norm.weight", "lm_head.weight"])
 def test_packed_folder_that_lacks_a_tensor(loader: Callable[[Path], Any], part: str, packed: Path) -> None:
     with pytest.raises(FormatError, match=rf"1 missing: {part}\. Nothing was loaded"):
@@ -516,7 +551,8 @@ def test_packed_folder_that_is_truncated(loader: Callable[[Path], Any], size: in
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format_version": 2}, "format_version 2; this ternarize reads 1. Upgrade with"),
+        ({"format_version": 3}, "format_version 3; this ternarize reads 1 and 2. Upgrade with"),
+        ({"format_version": 2}, "incomplete or damaged: KeyError"),
         ({"format_version": None}, "format_version None"),
         ({"packing": "base4"}, "packing 'base4'; this ternarize reads 'base3'. Upgrade with"),
         ({"group_size": 11}, "of another shape"),

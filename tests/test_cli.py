@@ -53,7 +53,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
 def settings(text: Path) -> list[str]:
     """The session's recipe as options."""
     changes = {"group_size": 12, "int8_group_size": 20, "calibration.samples": 16, "calibration.length": 64}
-    options = ["--text", str(text)]
+    options = ["--recipe", "fast", "--text", str(text)]
     for key, value in changes.items():
         options += ["--set", f"{key}={value}"]
     return options
@@ -72,7 +72,7 @@ def test_flags_are_frozen() -> None:
     assert found == {
         "convert": [
             "--device", "--force", "--json", "--output", "--plan", "--quiet", "--recipe", "--resume", "--revision",
-            "--set", "--text", "-o", "-q", "-r", "source",
+            "--set", "--target-size", "--text", "--time-budget", "-o", "-q", "-r", "source",
         ],
         "plan": ["--json", "--recipe", "--revision", "--set", "--text", "-r", "source"],
         "evaluate": [
@@ -83,7 +83,11 @@ def test_flags_are_frozen() -> None:
             "--chat", "--device", "--dtype", "--revision", "--seed", "--temperature", "--tokens", "-n", "folder",
             "prompt",
         ],
-        "inspect": ["--json", "--plot", "--worst", "folder"],
+        "inspect": ["--json", "--plot", "--teacher", "--text", "--worst", "folder"],
+        "distill": [
+            "--device", "--force", "--json", "--output", "--quiet", "--resume", "--revision", "--set", "--teacher",
+            "--text", "--time-budget", "-o", "-q", "folder",
+        ],
     }  # fmt: skip
 
 
@@ -302,7 +306,7 @@ def test_signal_in_the_middle_leaves_a_run_that_resumes_to_the_same_bits(
     code, _, err = run(*arguments)
     assert code == 2
     assert "--resume" in err
-    assert run(*arguments, "--resume")[0] == 0
+    assert run(*arguments, "--resume")[0] in (0, cli.COLLAPSED)  # a random model; what it is worth is not the point
     assert contents(output) == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["ternary"]
 
@@ -423,3 +427,65 @@ def test_json_stays_json_where_the_perplexity_is_infinite(run: Run, llama: Path,
 
     assert code == 0
     json.loads(out, parse_constant=refuse)
+
+
+# -- budgets, ranking, distillation, the gate --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("20", 20), (None, None)])
+def test_a_duration_is_read(text: str | None, seconds: float | None) -> None:
+    assert cli._seconds(text) == seconds
+
+
+@pytest.mark.parametrize("option", ["--time-budget", "--target-size"])
+@pytest.mark.parametrize("value", ["soon", "-3", "0", "5 parsecs", ""])
+def test_a_budget_that_is_none_is_refused(
+    run: Run, llama: Path, settings: list[str], tmp_path: Path, option: str, value: str
+) -> None:
+    code, out, err = run("convert", llama, "-o", tmp_path / "out", *settings, f"{option}={value}")
+    assert (code, out) == (2, "")
+    assert repr(value) in err
+
+
+def test_a_target_size_is_met(run: Run, llama: Path, ternary: Path, settings: list[str], tmp_path: Path) -> None:
+    usual = (ternary / "model.safetensors").stat().st_size
+    code, _, err = run("convert", llama, "-o", tmp_path / "out", *settings, "--target-size", str(usual + 2500))
+    assert code in (0, cli.COLLAPSED), err
+    assert usual - 2000 < (tmp_path / "out" / "model.safetensors").stat().st_size <= usual + 2500
+    code, _, err = run("convert", llama, "-o", tmp_path / "small", *settings, "--target-size", "1kB")
+    assert code == 2
+    assert "bits for each ternary weight" in err
+
+
+def test_inspect_ranks_linears_against_the_teacher(run: Run, llama: Path, ternary: Path, text: Path) -> None:
+    code, out, err = run("inspect", ternary, "--teacher", llama, "--text", text, "--worst", 3)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert len(rows) == 3
+    figures = [float(kl) for _, kl in rows]
+    assert figures == sorted(figures, reverse=True)
+    assert figures[0] > 0
+    code, out, _ = run("inspect", ternary, "--teacher", llama, "--text", text, "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 14
+
+
+def test_a_collapsed_model_ends_with_its_own_exit_code(
+    run: Run, llama: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ternarize.gate.COLLAPSED_KL", 1e-3)
+    code, out, err = run("convert", llama, "-o", tmp_path / "out", *settings)
+    assert code == 5
+    assert "THIS MODEL HAS COLLAPSED" in err
+    assert "Next:" not in out
+    assert Report.read(tmp_path / "out").run["verdict"]["word"] == "collapsed"
+
+
+def test_distill_on_the_command_line(run: Run, llama: Path, ternary: Path, tmp_path: Path) -> None:
+    options = ["--set", "distill.samples=20", "--set", "distill.check=4", "--time-budget", "5s"]
+    code, out, err = run("distill", ternary, "--teacher", llama, "-o", tmp_path / "out", *options)
+    assert code in (0, cli.COLLAPSED), err
+    assert "held-out KL to the teacher" in out
+    code, _, err = run("distill", ternary, "--teacher", llama, "-o", tmp_path / "out", *options)
+    assert code == 2
+    assert "not empty" in err

@@ -500,7 +500,8 @@ def test_at_most_one_block_is_materialised(
 
     monkeypatch.setattr(Checkpoint, "load", load)
     convert(deep, tmp_path / "out", recipe, progress=QUIET)
-    outside, *blocks = loads
+    outside, *blocks, gate = loads
+    assert not any(name.startswith("model.layers.") for name in gate[1])
     assert not any(name.startswith("model.layers.") for name in outside[1])
     assert len(blocks) == 7  # block 0 once for the walk's start, then all six
     for index, (_, after) in enumerate(blocks[1:]):

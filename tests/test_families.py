@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import ternarize
 from ternarize import Recipe, conversion
 from ternarize.architecture import find_blocks
+from ternarize.block import FEWEST_TOKENS
 from ternarize.calibration import Walk
 from ternarize.progress import Progress
 from ternarize.report import Report
@@ -50,7 +51,7 @@ def convert_family(
             original = conversion.convert_window
 
             def convert_window(*arguments: Any) -> Any:
-                walks[:] = [arguments[-1]]
+                walks[:] = [arguments[4]]  # the student's
                 return original(*arguments)
 
             patch.setattr(conversion, "convert_window", convert_window)
@@ -153,11 +154,11 @@ def test_every_linear_in_the_blocks_is_ternary_in_the_file(converted: Converted)
     for entry in converted.report.linears:
         out_features, in_features = entry.shape
         groups = -(-in_features // min(12, in_features))
-        packed, scale, shift = (tensors[f"{entry.name}.{part}"] for part in ("weight", "scale", "shift"))
+        packed, levels, limits = (tensors[f"{entry.name}.{part}"] for part in ("weight", "levels", "limits"))
         assert (packed.dtype, packed.shape) == (torch.uint8, (out_features, -(-in_features // 5)))
-        assert (scale.dtype, scale.shape) == (torch.float16, (out_features, groups))
-        assert (shift.dtype, shift.shape) == (torch.float16, (out_features, groups))
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in (packed, scale, shift))
+        assert (levels.dtype, levels.shape) == (torch.uint8, (out_features, 1 + groups))
+        assert (limits.dtype, limits.shape) == (torch.float32, (4,))
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in (packed, levels, limits))
         assert entry.bits == pytest.approx(8 * stored / (out_features * in_features))
         assert 0 < entry.error < 2  # of the sum of this error and the one that the prefix brought
 
@@ -188,7 +189,7 @@ def test_expert_that_saw_too_few_tokens_is_fitted_without_data_and_says_so(
     recipe = make_recipe(text, calibration={"samples": 1, "length": 10})
     source, output, report = convert_family(family, tmp_path, recipe)
     experts = [entry for entry in report.linears if ".experts." in entry.name]
-    few = [entry for entry in experts if entry.tokens < entry.shape[1] / conversion.FEWEST_TOKENS]
+    few = [entry for entry in experts if entry.tokens < entry.shape[1] / FEWEST_TOKENS]
     assert few
     assert [entry.name for entry in report.linears if entry.data_free] == [entry.name for entry in few]
     stored = stored_weights(output)
@@ -284,7 +285,10 @@ def test_what_stays_float_keeps_the_type_of_the_source(tmp_path: Path, recipe: R
         {"group_size": None},
         {"group_size": 1},
         {"correction": 1.0, "order": "natural"},
-        {"feedback": False, "curvature": False, "refit": False, "correction": 0},
+        {"feedback": False, "curvature": False, "refit": False, "correction": 0, "sweeps": 0},
+        {"scale_bits": 16, "shift_bits": 16},
+        {"scale_bits": 8, "shift_bits": 4},
+        {"tune": {"epochs": 1, "window": 2}},
         {"skip": ["*.1.mlp.down_proj", r"re:.*layers\.0\.self_attn\.[qk]_proj"]},
     ],
     ids=lambda changes: "-".join(changes),
@@ -294,7 +298,9 @@ def test_every_kind_of_recipe_gives_a_folder_that_loads(changes: dict[str, Any],
     student, _ = ternarize.load(output)
     expected = logits(source_with_stored_weights(source, output))
     torch.testing.assert_close(logits(student), expected, rtol=1e-4, atol=1e-5)
-    assert any(name.endswith(".shift") for name in read_tensors(output)) == ("grid" not in changes)
+    tensors = read_tensors(output)
+    assert any(name.endswith(".shift") for name in tensors) == (changes.get("scale_bits") == 16)
+    assert any(name.endswith(".levels") for name in tensors) == (changes.get("scale_bits") != 16)
     assert all(entry.data_free for entry in report.linears) == ("feedback" in changes)
     kept = json.loads((output / "config.json").read_text())["quantization_config"]["kept"]
     assert kept == (

@@ -71,8 +71,9 @@ def evaluation(**changes: float) -> Evaluation:
         ({"agreement": 0.05}, list(range(32)), "collapsed"),
         ({"perplexity": float("nan")}, list(range(32)), "collapsed"),
         ({"perplexity": float("inf"), "kl": 30.0}, list(range(32)), "collapsed"),
-        ({}, [7] * 32, "collapsed"),
-        ({}, [7, 8, 9] * 10 + [7, 8], "collapsed"),
+        ({}, [7] * 32, "weak"),
+        ({"agreement": 0.25}, [7] * 32, "collapsed"),
+        ({"agreement": 0.25}, [7, 8, 9] * 10 + [7, 8], "collapsed"),
         ({}, [7, 7, 7], "close"),  # it ended its text by itself
     ],
 )

@@ -108,8 +108,8 @@ def test_moving_a_loaded_model_to_another_dtype_keeps_its_packed_weights(
     model.to(dtype)
     assert _packed(model) == before
     model.save_pretrained(tmp_path)
-    types = {name: tensor.dtype for name, tensor in read_tensors(tmp_path).items() if name.endswith("scale")}
-    assert set(types.values()) == {torch.float16}
+    types = {name: tensor.dtype for name, tensor in read_tensors(tmp_path).items() if name.endswith("limits")}
+    assert set(types.values()) == {torch.float32}
 
 
 def _packed(model: Any) -> dict[str, tuple[torch.dtype, list[Any]]]:

@@ -125,7 +125,7 @@ def test_plan_of_a_large_model_takes_no_memory(text: Path, tmp_path: Path) -> No
     assert grown < 200_000_000
     assert made.weights == 6_738_415_616
     assert len(made.ternary) == 7 * 32
-    per_weight = 1.6 + 2 * 16 / 64
+    per_weight = 1.6 + 2 * 4 / 64 + 8 / 4096  # trits, levels, and a byte a row; most rows have 4096 columns
     assert 8 * made.output_bytes == pytest.approx(per_weight * made.ternary_weights + 8.25 * 2 * 32000 * 4096, rel=1e-3)
     assert 2e9 < made.peak_memory < 13e9
 
