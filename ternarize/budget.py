@@ -26,7 +26,7 @@ from ternarize.calibration import autocast
 from ternarize.distill import Reference
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import HELD_OUT_SEED, load_any
-from ternarize.plan import ternary_bytes
+from ternarize.plan import LENGTH, WINDOWS, ternary_bytes
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.runtime import TernaryLinear, has_module
@@ -35,7 +35,6 @@ from ternarize.text import calibration_windows
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # group sizes that are tried, as multiples of the recipe's
 SMALLEST_GROUP = 16
-WINDOWS, LENGTH = 4, 256  # text that damage is measured on
 
 
 @dataclass(frozen=True)

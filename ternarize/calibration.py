@@ -72,7 +72,8 @@ def autocast_enabled(device: torch.device) -> bool:
         return False
     if device.type != "cpu":
         return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -379,7 +379,10 @@ def inspect(
     text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a conversion did, per linear; with --teacher, which linears hurt."""
+    """Show what a conversion did, per linear.
+
+    With --teacher it ranks the linears by how much each hurts on its own.
+    """
     from ternarize.report import Report
 
     report = Report.read(folder)

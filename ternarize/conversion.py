@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from ternarize import hub
 from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import convert_window, pack_embeddings, replay_block
-from ternarize.budget import LENGTH, WINDOWS, spend
+from ternarize.budget import spend
 from ternarize.calibration import autocast_enabled, batches, start_walk
 from ternarize.checkpoint import (
     Checkpoint,
@@ -50,7 +50,7 @@ from ternarize.errors import StoppedError, TernarizeError
 from ternarize.evaluate import Evaluation, compare, load_any
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
-from ternarize.plan import Plan, check_room, make_plan
+from ternarize.plan import LENGTH, WINDOWS, Plan, check_room, make_plan
 from ternarize.progress import Progress, size
 from ternarize.recipe import DEFAULT, Recipe
 from ternarize.report import RECIPE_FILE, REPORT_FILE, LinearReport, Report

@@ -34,6 +34,8 @@ from ternarize.sources import resolve
 from ternarize.tensor import group_count
 from ternarize.text import split_source
 
+WINDOWS, LENGTH = 4, 256  # text that a budget ranks the linears on
+LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
 PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
 
 
@@ -293,18 +295,25 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     walking = 4 * (2 * block + moments + activations + 8 * largest)
     first = 4 * 2 * outside
     writing = 4 * weights * 1.1 if any(split_source(s)[0] == "self" for s in calibration.text) else 0
-    return PYTHON_AND_TORCH + int(max(walking + 4 * block, first, writing))
+    tuning = LEARNING * recipe.tune.window * block if recipe.tune.epochs else 0
+    distilling = (LEARNING + 4) * weights if recipe.distill.epochs else 0
+    ranking = 2 * 4 * weights if recipe.budget is not None else 0
+    return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, first, writing, distilling, ranking))
 
 
 def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int, int]]) -> float:
-    """Products of the walk over a rate measured now, plus the column loops."""
+    """Products of walk, learning and ranking over a rate measured now, plus the column loops."""
     rate = _matmul_rate()
     tokens = recipe.calibration.samples * recipe.calibration.length
     forward = sum(2 * o * i for o, i in ternary.values()) * tokens
     moments = sum(2 * 2 * i * i for _, i in ternary.values()) * tokens / 2  # half of them share their input
     solving = sum(6 * o * i * i for o, i in ternary.values())
-    columns = sum(i for _, i in ternary.values()) * 60e-6
-    return (3 * forward + moments + solving) / rate + columns
+    columns = sum(i for _, i in ternary.values()) * 60e-6 * (1 + recipe.sweeps)
+    once = forward / tokens  # of one token through all ternary linears
+    learning = 3 * forward * recipe.tune.epochs
+    distilled = recipe.distill.samples * recipe.calibration.length * recipe.distill.epochs
+    ranking = len(ternary) * once * WINDOWS * LENGTH if recipe.budget is not None else 0
+    return (3 * forward + moments + solving + learning + 4 * once * distilled + ranking) / rate + columns
 
 
 def _matmul_rate() -> float:

@@ -1,8 +1,9 @@
-"""Format version 1 stays readable: two folders of a few kilobytes, written once, and what their models predict.
+"""Format versions stay readable: folders of a few kilobytes, written once, and what their models predict.
 
 `tests/golden/v1/llama` has what a dense model can have: shift, bias, a short last group, an int8 embedding, an int8
 head of its own, linears that stayed float. `tests/golden/v1/mixtral` has experts, a tied head, no shift, one group a
-row. They are never written again; another version of the format gets a folder of its own beside them. They were made by
+row. `tests/golden/v2/llama` has scales and shifts in 4 and 8 bits. They are never written again; another version of the
+format gets a folder of its own beside them. They were made by
 
     python tests/test_golden.py FOLDER
 
@@ -26,6 +27,7 @@ from ternarize.conversion import convert
 from ternarize.progress import Progress
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
+CODED = Path(__file__).parent / "golden" / "v2" / "llama"
 IDS = [[7, 23, 5, 61, 40, 12, 33, 8]]
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (config, recipe)
     "llama": (
@@ -50,10 +52,33 @@ def write_golden(folder: Path) -> None:
         Path(name, "README.md").unlink()  # the card is no part of the format
 
 
+def write_coded(folder: Path) -> None:
+    """Make the folder of version 2."""
+    folder.mkdir(parents=True)
+    os.chdir(folder)
+    make_checkpoint(Path("llama-source"), "llama", num_hidden_layers=1)
+    recipe = make_recipe(make_text(Path("text.txt")), scale_bits=4, shift_bits=8)
+    convert("llama-source", "llama", recipe, progress=Progress(quiet=True))
+    Path("llama", "README.md").unlink()
+
+
 LOGITS: dict[str, list[float]] = {
     "llama": [-0.274023, 1.573814, 2.042969, -0.287107, 0.483684, -0.792056, 2.192575, 0.029774],
     "mixtral": [1.150518, 1.564906, 0.360184, -2.08677, 0.195827, -2.684309, -2.096845, -0.513999],
 }
+
+
+CODED_LOGITS = [-1.281406, 4.253516, 1.325195, -2.621945, 0.593367, -0.65529, -1.516289, 0.47495]
+
+
+def test_version_2_predicts_what_it_always_did() -> None:
+    model, _ = ternarize.load(CODED)
+    found = model(input_ids=torch.tensor(IDS)).logits[0, -1, :8]
+    torch.testing.assert_close(found, torch.tensor(CODED_LOGITS), rtol=0, atol=1e-5)
+    assert read_config(CODED)["quantization_config"]["format_version"] == 2
+    for name, weight in stored_weights(CODED).items():
+        torch.testing.assert_close(model.get_submodule(name).dequantize(), weight, rtol=1e-3, atol=1e-6)
+    assert sum(path.stat().st_size for path in CODED.iterdir()) <= 30_000
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,4 +122,5 @@ def test_folders_are_of_version_1_small_and_name_no_machine() -> None:
 
 
 if __name__ == "__main__":
-    write_golden(Path(sys.argv[1]))
+    write_golden(Path(sys.argv[1]).resolve() / "v1")
+    write_coded(Path(sys.argv[1]).resolve() / "v2")

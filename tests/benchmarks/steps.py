@@ -24,16 +24,27 @@ from ternarize.recipe import Recipe
 from ternarize.sources import resolve
 from ternarize.text import evaluation_windows, load_tokenizer, read_whole
 
-DATA_FREE = {"feedback": False, "curvature": False, "refit": False, "correction": 0.0}
+FP16 = {"scale_bits": 16, "shift_bits": 16, "sweeps": 0}
+DATA_FREE = {"feedback": False, "curvature": False, "refit": False, "correction": 0.0, **FP16}
 STEPS: dict[str, dict[str, Any]] = {
     "nearest, absmean, one scale a row": {"grid": "absmean", "group_size": None, **DATA_FREE},
     "nearest, absmean, groups": {"grid": "absmean", **DATA_FREE},
     "nearest, DLT grid": DATA_FREE,
-    "+ error feedback, curvature-weighted grid": {"order": "natural", "refit": False, "correction": 0.0},
-    "+ order": {"refit": False, "correction": 0.0},
-    "+ refit": {"correction": 0.0},
-    "+ correction towards the teacher": {},
+    "+ error feedback, curvature-weighted grid": {"order": "natural", "refit": False, "correction": 0.0, **FP16},
+    "+ order": {"refit": False, "correction": 0.0, **FP16},
+    "+ refit": {"correction": 0.0, **FP16},
+    "+ correction towards the teacher": FP16,
+    "+ scales and shifts in 4 bits": {"sweeps": 0},
+    "+ sweeps, a share held out": {},
 }
+
+
+def step(base: Recipe, name: str) -> Recipe:
+    """The recipe of one row; only sweeps have a use for windows that nothing is fitted to."""
+    values = base.to_dict() | STEPS[name]
+    if not values["sweeps"]:
+        values["calibration"] = values["calibration"] | {"held_out": 0.0}
+    return Recipe.from_dict(values)
 
 
 def main() -> None:
@@ -58,11 +69,7 @@ def main() -> None:
     if arguments.text:
         base = base.with_settings([f"calibration.text={json.dumps(arguments.text)}"])
     names = arguments.step or list(STEPS)
-    variants = (
-        {", ".join(arguments.set): base}
-        if arguments.set
-        else {name: Recipe.from_dict(base.to_dict() | STEPS[name]) for name in names}
-    )
+    variants = {", ".join(arguments.set): base} if arguments.set else {name: step(base, name) for name in names}
     teacher = load_any(folder, "cpu", torch.float32) if arguments.teacher else None
     label = " + ".join(Path(text).name for text in base.calibration.text)
     rows = []
