@@ -20,6 +20,8 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +121,7 @@ def convert(
         raise TernarizeError(f"{output} holds the source {held}, which would be lost. Choose another --output.")
     plan = make_plan(checkpoint, chosen)
     check_room(plan, work.output)
-    try:
+    with _stoppable(work, plan.peak_memory):
         work.open(_arguments(checkpoint, chosen, device))
         job = _Job(checkpoint, plan, chosen, work, progress, device, str(source), revision)
         report, evaluation, ids = _convert(job)
@@ -132,6 +134,16 @@ def convert(
             )
         student = load_any(work.final, device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
+    report.run.update(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory())
+    _finish(work, report)
+    return report
+
+
+@contextmanager
+def _stoppable(work: Workspace, expected_memory: int | None = None) -> Iterator[None]:
+    """Say what is safe and how to go on when the work inside is stopped or runs out of memory."""
+    try:
+        yield
     except KeyboardInterrupt:
         raise StoppedError(work.stopped("stopped")) from None
     except TernarizeError as error:
@@ -141,13 +153,11 @@ def convert(
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        why = "out of memory" + (f"; the plan expected {size(expected_memory)}" if expected_memory else "")
         raise StoppedError(
-            work.stopped(f"out of memory; the plan expected {size(plan.peak_memory)}")
+            work.stopped(why)
             + " Free some memory first, or start over with fewer calibration.samples or another machine."
         ) from error
-    report.run.update(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory())
-    _finish(work, report)
-    return report
 
 
 def _finish(work: Workspace, report: Report) -> None:
@@ -435,12 +445,10 @@ def distill_again(
         work.open(_arguments(checkpoint, recipe, device) | {"student": str(folder.resolve())})
         work.copy_final(folder)
     together()
-    try:
+    with _stoppable(work):
         report, evaluation = distill_folder(
             work.final, checkpoint, report, recipe, work.distillation, progress, device, budget
         )
-    except KeyboardInterrupt:
-        raise StoppedError(f"stopped. Run the same command with --resume to go on from {work.folder}.") from None
     together()
     if not first:
         return None

@@ -179,7 +179,10 @@ class Workspace:
     def stopped(self, why: str) -> str:
         """What to tell the user when the work ends early."""
         done = len(list(self.folder.glob("block-*.json"))) if self.folder.exists() else 0
-        return f"{why}: {done} blocks are safe in {self.folder}. Run the same command with --resume to go on."
+        safe = f"{done} blocks are safe in {self.folder}"
+        if self.distillation.exists():
+            safe = f"the distillation's last check is safe in {self.folder}"
+        return f"{why}: {safe}. Run the same command with --resume to go on."
 
 
 def _is_ours(path: Path) -> bool:

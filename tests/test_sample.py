@@ -71,7 +71,7 @@ def test_real_layers_convert_load_and_run(shallow: Path, tmp_path: Path) -> None
     recipe = Recipe.load("fast").with_settings(["calibration.samples=8", "calibration.length=256"])
     report = ternarize.convert(shallow, tmp_path / "out", recipe, text=["pydoc"], progress=Progress(quiet=True))
     assert len(report.linears) == 7 * LAYERS
-    assert report.bits_per_ternary_weight == pytest.approx(1.6 + 32 / 64, abs=0.02)
+    assert report.bits_per_ternary_weight == pytest.approx(1.746, abs=0.004)  # the headline: at most 1.75
     # Real activations are far from white: rounding the same grid to nearest leaves much more of the output wrong.
     nearest = recipe.with_settings(["feedback=false", "refit=false"])
     baseline = ternarize.convert(shallow, tmp_path / "near", nearest, text=["pydoc"], progress=Progress(quiet=True))
