@@ -26,7 +26,7 @@ from ternarize.calibration import autocast
 from ternarize.distill import Reference
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import HELD_OUT_SEED, load_any
-from ternarize.plan import LENGTH, WINDOWS, ternary_bytes
+from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, ternary_bytes
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.runtime import TernaryLinear, has_module
@@ -64,7 +64,15 @@ def rank(
 
     Returns:
         {name: KL, nats a token}
+
+    Raises:
+        TernarizeError: the teacher has no such linear.
     """
+    if missing := [name for name in names if not has_module(teacher, name)]:
+        raise TernarizeError(
+            f"{missing[0]} is one of several fused experts, which cannot be ranked one by one. "
+            "Leave budget and --target-size out for this model."
+        )
     device = next(teacher.parameters()).device
     ids = ids.to(device)
 
@@ -144,11 +152,7 @@ def rank_folder(folder: Path, source: Path, texts: list[str], progress: Progress
     student = load_any(folder, "cpu", torch.float32)
     modules = {name: m for name, m in student.named_modules() if isinstance(m, TernaryLinear)}
     teacher = load_any(source, "cpu", torch.float32).requires_grad_(False)
-    if missing := [name for name in modules if not has_module(teacher, name)]:
-        raise TernarizeError(
-            f"{source} has no linear {missing[0]}: experts that are fused cannot be ranked one by one."
-        )
-    ids = calibration_windows(tuple(texts), source, WINDOWS, LENGTH, HELD_OUT_SEED, progress)
+    ids = calibration_windows(tuple(texts), source, RANK_WINDOWS, RANK_LENGTH, HELD_OUT_SEED, progress)
     return rank(teacher, list(modules), lambda name, _: modules[name].dequantize(), ids, progress)
 
 

@@ -17,8 +17,8 @@ import typer
 
 import ternarize
 from ternarize.errors import TernarizeError
-from ternarize.progress import Progress, duration, quiet_transformers, size
-from ternarize.recipe import DEFAULT
+from ternarize.progress import Progress, duration, parse_duration, parse_size, quiet_transformers, size
+from ternarize.recipe import DEFAULT, Recipe
 
 app = typer.Typer(
     name="ternarize",
@@ -50,6 +50,14 @@ TextOption = Annotated[
 ]
 RevisionOption = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SizeOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--target-size",
+        help="Size of the weight files, such as 60MB: linears that hurt get more of it.",
+        show_default=False,
+    ),
+]
 TimeOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -95,27 +103,19 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
     time_budget: TimeOption = None,
-    target_size: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Size of the weight files, such as 60MB: linears that hurt get more of it."),
-    ] = None,
+    target_size: SizeOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make a checkpoint ternary."""
     from ternarize.conversion import convert as run
-    from ternarize.recipe import Recipe
 
     if plan_only:
-        plan(source, recipe, setting, text, revision, as_json)
+        plan(source, recipe, setting, text, target_size, revision, as_json)
         return
     _check_device(device)
     progress = Progress(quiet)
-    chosen = _with_text(Recipe.load(recipe).with_settings(setting or []), text)
-    if target_size is not None:
-        from ternarize.plan import budget_for_size
-
-        chosen = budget_for_size(source, revision, chosen, _bytes(target_size))
+    chosen = _recipe(source, recipe, setting, text, target_size, revision)
     target = output or Path(f"{_short_name(source)}-ternary")
     report = run(
         source,
@@ -125,7 +125,7 @@ def convert(
         device=device,
         resume=resume,
         force=force,
-        budget=_seconds(time_budget),
+        budget=None if time_budget is None else parse_duration(time_budget),
         progress=progress,
     )
     verdict = report.run["verdict"]
@@ -176,7 +176,7 @@ def distill(
 
     import torch.distributed as dist
 
-    from ternarize.conversion import distill_again
+    from ternarize.refine import distill_again
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -195,7 +195,7 @@ def distill(
             device=device,
             resume=resume,
             force=force,
-            budget=_seconds(time_budget),
+            budget=None if time_budget is None else parse_duration(time_budget),
             progress=Progress(quiet),
         )
     finally:
@@ -224,16 +224,16 @@ def plan(
     recipe: RecipeOption = DEFAULT,
     setting: SetOption = None,
     text: TextOption = None,
+    target_size: SizeOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a conversion would do, from config and headers alone."""
     from ternarize.checkpoint import Checkpoint
     from ternarize.plan import make_plan
-    from ternarize.recipe import Recipe
     from ternarize.sources import resolve
 
-    chosen = _with_text(Recipe.load(recipe).with_settings(setting or []), text)
+    chosen = _recipe(source, recipe, setting, text, target_size, revision)
     made = make_plan(Checkpoint(resolve(source, revision)), chosen)
     if as_json:
         _print_json(made.to_dict())
@@ -518,42 +518,27 @@ def _summarize_kept(kept: list[tuple[str, str]]) -> list[str]:
     ]
 
 
+def _recipe(
+    source: str,
+    recipe: str,
+    settings: list[str] | None,
+    text: list[str] | None,
+    target_size: str | None,
+    revision: str | None,
+) -> Recipe:
+    """The recipe that the options ask for."""
+    from ternarize.plan import budget_for_size
+
+    chosen = Recipe.load(recipe).with_settings(settings or []).with_text(text)
+    return chosen if target_size is None else budget_for_size(source, revision, chosen, parse_size(target_size))
+
+
 def _short_name(source: str) -> str:
     return (
         Path(source.removeprefix("sample:").rstrip("/")).stem
         if source.endswith(".gguf")
         else (source.removeprefix("sample:").rstrip("/").rpartition("/")[2])
     )
-
-
-def _with_text(recipe: Any, text: list[str] | None) -> Any:
-    import dataclasses
-
-    if not text:
-        return recipe
-    return dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, text=tuple(text)))
-
-
-def _bytes(text: str) -> int:
-    """`60MB` -> 60000000."""
-    import re
-
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise TernarizeError(f"target size {text!r} is no size above 0. Write it as 60MB or 1.2GB.")
-    return int(float(found[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
-
-
-def _seconds(duration: str | None) -> float | None:
-    """`30m` -> 1800.0."""
-    import re
-
-    if duration is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", duration.strip())
-    if found is None or float(found[1]) <= 0:
-        raise TernarizeError(f"time budget {duration!r} is no duration above 0. Write it as 90s, 30m or 1h.")
-    return float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _check_device(device: str) -> None:

@@ -17,17 +17,12 @@ same to the last bit on the same machine.
 from __future__ import annotations
 
 import json
-import platform
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,33 +31,30 @@ from ternarize import hub
 from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import convert_window, pack_embeddings, replay_block
 from ternarize.budget import spend
-from ternarize.calibration import autocast_enabled, batches, start_walk
+from ternarize.calibration import batches, start_walk
 from ternarize.checkpoint import (
     Checkpoint,
     copy_file,
     place,
     release,
-    rewrite_tensors,
     tied_parameters,
     write_tensors,
     write_text,
 )
-from ternarize.distill import distill, is_first, together
-from ternarize.errors import StoppedError, TernarizeError
-from ternarize.evaluate import Evaluation, compare, load_any
+from ternarize.evaluate import Evaluation, load_any
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
-from ternarize.plan import LENGTH, WINDOWS, Plan, check_room, make_plan
-from ternarize.progress import Progress, size
+from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, Plan, check_room, make_plan
+from ternarize.progress import Progress
 from ternarize.recipe import DEFAULT, Recipe
-from ternarize.report import RECIPE_FILE, REPORT_FILE, LinearReport, Report
-from ternarize.runtime import TernaryLinear, has_module
+from ternarize.refine import distill_folder
+from ternarize.report import RECIPE_FILE, LinearReport, Report, peak_memory, versions
+from ternarize.runtime import TernaryLinear
 from ternarize.sources import resolve
 from ternarize.text import calibration_windows, fingerprint, load_tokenizer
-from ternarize.workspace import OUTSIDE, Workspace
+from ternarize.workspace import OUTSIDE, Workspace, arguments
 
 LEAST_TIME = 60.0  # seconds, below which a distillation is not begun
-GATE_WINDOWS = 8  # on which a distilled student is compared with its teacher
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -114,15 +106,13 @@ def convert(
     progress = progress or Progress()
     work = Workspace(Path(output), resume, force)
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    chosen = _with_text(chosen, text)
+    chosen = chosen.with_text(text)
     checkpoint = Checkpoint(resolve(str(source), revision))
-    held = checkpoint.folder.resolve()
-    if work.output in (held, *held.parents):
-        raise TernarizeError(f"{output} holds the source {held}, which would be lost. Choose another --output.")
+    work.refuse_inside(checkpoint.folder)
     plan = make_plan(checkpoint, chosen)
     check_room(plan, work.output)
-    with _stoppable(work, plan.peak_memory):
-        work.open(_arguments(checkpoint, chosen, device))
+    with work.stoppable(plan.peak_memory):
+        work.open(arguments(checkpoint, chosen, device))
         job = _Job(checkpoint, plan, chosen, work, progress, device, str(source), revision)
         report, evaluation, ids = _convert(job)
         left = None if budget is None else budget - (time.monotonic() - started)
@@ -135,41 +125,9 @@ def convert(
         student = load_any(work.final, device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
     report.run.update(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory())
-    _finish(work, report)
-    return report
-
-
-@contextmanager
-def _stoppable(work: Workspace, expected_memory: int | None = None) -> Iterator[None]:
-    """Say what is safe and how to go on when the work inside is stopped or runs out of memory."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise StoppedError(work.stopped("stopped")) from None
-    except TernarizeError as error:
-        if not isinstance(error, StoppedError):
-            work.close()
-        raise
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        why = "out of memory" + (f"; the plan expected {size(expected_memory)}" if expected_memory else "")
-        raise StoppedError(
-            work.stopped(why)
-            + " Free some memory first, or start over with fewer calibration.samples or another machine."
-        ) from error
-
-
-def _finish(work: Workspace, report: Report) -> None:
-    """Write report and card, and put the folder in its place."""
-    write_text(work.final / REPORT_FILE, report.to_json())
-    recipe_text = (work.final / RECIPE_FILE).read_text(encoding="utf-8")
-    write_text(work.final / "README.md", hub.model_card(report, recipe_text))
+    hub.save_report(work.final, report)
     work.publish()
-
-
-def _with_text(recipe: Recipe, text: list[str] | None) -> Recipe:
-    return replace(recipe, calibration=replace(recipe.calibration, text=tuple(text))) if text else recipe
+    return report
 
 
 @dataclass(frozen=True)
@@ -232,8 +190,19 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
             for offset in range(len(window)):
                 blocks[first + offset] = nn.Identity()
             bar.update(len(window))
-    layout = Layout(
-        blocks=path,
+    report = _assemble(job, _layout(job, int8, group_sizes), entries, ids)
+    if tunings:
+        report.run["tune"] = tunings
+    if ids is None:
+        return report, None, None
+    return report, compare_walks(checkpoint, job.plan, recipe, teacher, student, batched), ids[-1]
+
+
+def _layout(job: _Job, int8: dict[str, float], group_sizes: dict[str, int]) -> Layout:
+    """What the folder's config says of its tensors."""
+    recipe = job.recipe
+    return Layout(
+        blocks=job.plan.blocks,
         group_size=recipe.group_size,
         shift=recipe.grid == "dlt",
         kept=tuple(job.plan.kept_linears),
@@ -243,12 +212,6 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
         shift_bits=recipe.shift_bits if recipe.grid == "dlt" else recipe.scale_bits,
         group_sizes={name: size for name, size in group_sizes.items() if size != recipe.group_size},
     )
-    report = _assemble(job, layout, entries, ids)
-    if tunings:
-        report.run["tune"] = tunings
-    if ids is None:
-        return report, None, None
-    return report, compare_walks(checkpoint, job.plan, recipe, teacher, student, batched), ids[-1]
 
 
 def _calibration_ids(job: _Job) -> Tensor | None:
@@ -274,13 +237,7 @@ def _group_sizes(job: _Job, ids: Tensor | None) -> dict[str, int]:
         teacher = job.checkpoint.skeleton()
         job.checkpoint.load(teacher, "")
         teacher.to(job.device)  # type: ignore[arg-type]
-        missing = [name for name in job.plan.ternary if not has_module(teacher, name)]
-        if missing:
-            raise TernarizeError(
-                f"budget: {missing[0]} is one of several fused experts, which cannot be ranked one by one yet. "
-                "Leave budget out of the recipe."
-            )
-        few = ids[-WINDOWS:, :LENGTH]
+        few = ids[-RANK_WINDOWS:, :RANK_LENGTH]
         write_text(kept, json.dumps(spend(teacher, job.plan.ternary, job.recipe, few, job.progress)))
     sizes: dict[str, int] = json.loads(kept.read_text(encoding="utf-8"))
     return sizes
@@ -350,149 +307,3 @@ def _assemble(job: _Job, layout: Layout, entries: list[LinearReport], ids: Tenso
     header = "".join(f"# {key}: {value}\n" for key, value in facts.items())
     write_text(final / RECIPE_FILE, header + recipe.to_yaml())
     return report
-
-
-def distill_folder(
-    folder: Path,
-    checkpoint: Checkpoint,
-    report: Report,
-    recipe: Recipe,
-    state: Path,
-    progress: Progress,
-    device: str = "cpu",
-    budget: float | None = None,
-) -> tuple[Report, Evaluation]:
-    """Let the student in a ternarize folder learn from its source as a whole; its weight files are rewritten.
-
-    Args:
-        folder: a ternarize folder, changed in place (by the first process, under torchrun).
-        checkpoint: the source.
-        report: of the folder so far.
-        recipe: its `distill` and `calibration` say how, and on what text.
-        state, budget: as in `distill.distill`.
-
-    Returns:
-        The report with the codes' new figures, whose `run` tells how the distillation went; and a comparison with the
-        teacher on held-out windows.
-
-    Raises:
-        TernarizeError: as `distill.distill`.
-    """
-    wanted = recipe.calibration
-    ids = calibration_windows(
-        wanted.text, checkpoint.folder, recipe.distill.samples, wanted.length, wanted.seed + 1, progress
-    )
-    teacher = checkpoint.skeleton()
-    checkpoint.load(teacher, "")
-    if autocast_enabled(torch.device(device)):
-        teacher.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
-    teacher.to(device)  # type: ignore[arg-type]
-    student = load_any(folder, device, torch.float32)
-    path, _ = find_blocks(teacher)
-    done = distill(student, teacher, path, ids, recipe.distill, wanted.held_out, state, progress, budget)
-    modules = {name: m for name, m in student.named_modules() if isinstance(m, TernaryLinear)}
-    if is_first():
-        tensors = {f"{name}.{key}": t.cpu() for name, m in modules.items() for key, t in m.state_dict().items()}
-        rewrite_tensors(folder, tensors)
-    linears = [replace(entry, zero_share=modules[entry.name].to_tensor().zero_share) for entry in report.linears]
-    report = replace(report, linears=linears)
-    report.run["distill"] = done.to_dict() | {"windows": len(ids), "sha256": fingerprint(ids)}
-    held_out = ids[-min(len(ids), GATE_WINDOWS) :]
-    return report, compare(student, teacher, held_out, "held-out calibration text", progress)
-
-
-def distill_again(
-    folder: str | Path,
-    source: str | Path,
-    output: str | Path,
-    settings: list[str] | None = None,
-    *,
-    revision: str | None = None,
-    text: list[str] | None = None,
-    device: str = "cpu",
-    resume: bool = False,
-    force: bool = False,
-    budget: float | None = None,
-    progress: Progress | None = None,
-) -> Report | None:
-    """Distil a finished ternarize folder into a new one, by its own recipe with `settings` applied.
-
-    Args:
-        folder: what `convert` wrote; it is not changed.
-        source: what it was converted from.
-        output: the folder to write.
-        settings: `key=value` for the recipe, such as "distill.epochs=2"; one epoch where the recipe has none.
-        revision, text, device, resume, force, progress: as in `convert`.
-        budget: seconds.
-
-    Returns:
-        The report, also written to output/report.json; None in all processes but the first under torchrun.
-
-    Raises:
-        TernarizeError: see its subclasses; the message says what to do.
-    """
-    started = time.monotonic()
-    folder, progress = Path(folder), progress or Progress()
-    report = Report.read(folder)
-    recipe = Recipe.load(folder / RECIPE_FILE)
-    if not recipe.distill.epochs:
-        recipe = recipe.with_settings(["distill.epochs=1"])
-    recipe = _with_text(recipe.with_settings(settings or []), text)
-    checkpoint = Checkpoint(resolve(str(source), revision))
-    work = Workspace(Path(output), resume, force)
-    first = is_first()
-    if first:
-        work.open(_arguments(checkpoint, recipe, device) | {"student": str(folder.resolve())})
-        work.copy_final(folder)
-    together()
-    with _stoppable(work):
-        report, evaluation = distill_folder(
-            work.final, checkpoint, report, recipe, work.distillation, progress, device, budget
-        )
-    together()
-    if not first:
-        return None
-    student = load_any(work.final, device, torch.float32)
-    report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, None).to_dict()
-    report.run.update(seconds=round(report.run["seconds"] + time.monotonic() - started, 1), peak_memory=peak_memory())
-    report.run.pop("evaluation", None)  # of the student before
-    write_text(work.final / RECIPE_FILE, recipe.to_yaml())
-    _finish(work, report)
-    return report
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change the numbers."""
-    from ternarize import __version__
-
-    return {
-        "ternarize": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _arguments(checkpoint: Checkpoint, recipe: Recipe, device: str) -> dict[str, Any]:
-    """What an interrupted conversion and its continuation must have in common."""
-    files = {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in checkpoint.shards}
-    return {
-        "source": str(checkpoint.folder.resolve()),
-        "files": files,
-        "recipe": recipe.to_dict(),
-        "device": device,
-    } | (versions())
-
-
-def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, bytes; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

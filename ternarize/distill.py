@@ -35,9 +35,12 @@ from ternarize.progress import Progress
 from ternarize.recipe import Distillation
 from ternarize.tuning import (
     TrainableTernary,
+    learning_parameters,
+    make_optimizer,
     make_ternary,
     make_trainable,
-    parameter_groups,
+    off_loss,
+    restore,
     schedule,
     step_optimizer,
 )
@@ -139,39 +142,15 @@ def distill(
             f"{len(ids)} windows leave {len(taught)} to learn from, fewer than one step of {settings.batch} for each "
             f"of {world} processes. Raise distill.samples, or lower distill.batch."
         )
-    blocks = student.get_submodule(path)
-    assert isinstance(blocks, nn.ModuleList)
-    for module in (student, teacher):
-        module.requires_grad_(False)
-    for index, block in enumerate(blocks):
-        make_trainable(block, _float_weights(teacher, path, index), f"{path}.{index}", settings)
-    depths = [round((d + 1) * len(blocks) / settings.depths) for d in range(settings.depths)] if settings.off else []
-    modules = {name: m for name, m in student.named_modules() if isinstance(m, TrainableTernary)}
-    if settings.checkpointing:
-        _checkpoint_blocks(student, blocks)
-
-    def reference(window: Tensor, top: int) -> tuple[Reference, list[Tensor]]:
-        with torch.no_grad(), autocast(device):
-            out = teacher(input_ids=window, use_cache=False, output_hidden_states=bool(depths))
-        return Reference.of(out.logits, top), [out.hidden_states[d] for d in depths]
-
-    held = [(window, reference(window, HELD_OUT_TOP)[0]) for window in measured.split(settings.batch)]
-
-    @torch.no_grad()
-    def measure() -> float:
-        total = 0.0
-        for window, expected in held:
-            with autocast(device):
-                total += float(expected.divergence(student(input_ids=window, use_cache=False).logits)) * len(window)
-        return total / len(measured)
-
-    run = _Run.start(modules, settings, state, measure)
-    generator = torch.Generator().manual_seed(settings.seed)
-    epochs = math.ceil(settings.epochs)
-    order = torch.cat(
-        [torch.randperm(len(taught), generator=generator)[: batches * settings.batch * world] for _ in range(epochs)]
+    modules = _make_learner(student, teacher, path, settings)
+    lesson = _Lesson(
+        student, teacher, _depths(settings, len(list(student.get_submodule(path).children()))), settings.off
     )
+    held = [(window, lesson.reference(window, HELD_OUT_TOP)[0]) for window in measured.split(settings.batch)]
+    run = _Run.start(modules, settings, state, lambda: lesson.held_out(held))
+    order = _order(len(taught), batches * settings.batch * world, settings).to(device)
     steps = math.ceil(batches * settings.epochs)
+    tokens_a_step = settings.batch * world * taught.shape[1]
     started = time.monotonic() - run.seconds
     with progress.bar("distilling", total=steps, unit="step") as bar:
         bar.update(run.step)
@@ -182,44 +161,102 @@ def distill(
             if share >= 1 or run.since_best >= settings.patience:
                 break
             first = (run.step * world + rank) * settings.batch
-            window = taught[order[first : first + settings.batch].to(device)]
-            expected, features = reference(window, 0)
-            with torch.enable_grad(), autocast(device):
-                out = student(input_ids=window, use_cache=False, output_hidden_states=bool(depths))
-                loss = expected.divergence(out.logits)
-                for depth, feature in zip(depths, features, strict=True):
-                    near = nn.functional.cosine_similarity(out.hidden_states[depth].float(), feature.float(), dim=-1)
-                    loss = loss + settings.off / len(depths) * (1 - near).mean()
+            loss = lesson.loss(taught[order[first : first + settings.batch]])
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            del out, expected, features
             step_optimizer(run.optimizer, schedule(share))
             run.step += 1
             run.seconds = time.monotonic() - started
             bar.update(1)
             if run.step % settings.check == 0:
-                run.check(measure, window.numel() * world, state if rank == 0 else None)
+                run.check(lambda: lesson.held_out(held), tokens_a_step, state if rank == 0 else None)
                 run.seconds = time.monotonic() - started
     if run.step % settings.check:
-        run.check(measure, taught[: settings.batch].numel() * world, None)
+        run.check(lambda: lesson.held_out(held), tokens_a_step, None)
     run.restore_best()
-    for block in blocks:
+    for block in student.get_submodule(path).children():
         make_ternary(block)
     together()
     if rank == 0:
         state.unlink(missing_ok=True)
-    tokens = run.step * settings.batch * taught.shape[1] * world
-    return Distilled(run.curve[0][1], run.best, run.step, tokens, time.monotonic() - started, run.curve)
+    return Distilled(
+        run.curve[0][1], run.best, run.step, run.step * tokens_a_step, time.monotonic() - started, run.curve
+    )
+
+
+def _make_learner(
+    student: PreTrainedModel, teacher: PreTrainedModel, path: str, settings: Distillation
+) -> dict[str, TrainableTernary]:
+    """Make the student's ternary linears trainable, and freeze all else; returns them by full name."""
+    blocks = student.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    for module in (student, teacher):
+        module.requires_grad_(False)
+    for index, block in enumerate(blocks):
+        make_trainable(block, _float_weights(teacher, path, index), f"{path}.{index}", settings)
+    if settings.checkpointing:
+        _checkpoint_blocks(student, blocks)
+    return {name: m for name, m in student.named_modules() if isinstance(m, TrainableTernary)}
+
+
+def _depths(settings: Distillation, blocks: int) -> list[int]:
+    """Numbers of the hidden states that OFF compares, evenly spaced, the last one among them."""
+    return [round((d + 1) * blocks / settings.depths) for d in range(settings.depths)] if settings.off else []
+
+
+def _order(windows: int, used: int, settings: Distillation) -> Tensor:
+    """Which windows are learnt from, one after the other: `used` of them in each epoch, int64."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    epochs = math.ceil(settings.epochs)
+    return torch.cat([torch.randperm(windows, generator=generator)[:used] for _ in range(epochs)])
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """Student and teacher before the same windows, int64 [B, T] each.
+
+    Args:
+        depths: of the hidden states that OFF compares; off: its weight.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    depths: list[int]
+    off: float
+
+    def reference(self, window: Tensor, top: int) -> tuple[Reference, list[Tensor]]:
+        """The teacher's distributions, K = top, and its features at each depth."""
+        with torch.no_grad(), autocast(window.device):
+            out = self.teacher(input_ids=window, use_cache=False, output_hidden_states=bool(self.depths))
+        return Reference.of(out.logits, top), [out.hidden_states[d] for d in self.depths]
+
+    def loss(self, window: Tensor) -> Tensor:
+        """What the student is to lower, with gradients."""
+        expected, features = self.reference(window, 0)
+        with torch.enable_grad(), autocast(window.device):
+            out = self.student(input_ids=window, use_cache=False, output_hidden_states=bool(self.depths))
+            loss = expected.divergence(out.logits)
+            for depth, feature in zip(self.depths, features, strict=True):
+                loss = loss + self.off / len(self.depths) * off_loss(out.hidden_states[depth], feature)
+        return loss
+
+    @torch.no_grad()
+    def held_out(self, held: list[tuple[Tensor, Reference]]) -> float:
+        """Mean KL over held-out windows, nats a token."""
+        total = 0.0
+        for window, expected in held:
+            with autocast(window.device):
+                kl = expected.divergence(self.student(input_ids=window, use_cache=False).logits)
+            total += float(kl) * len(window)
+        return total / sum(len(window) for window, _ in held)
 
 
 class _Run:
     """What changes while a distillation runs, and its copy on disk."""
 
     def __init__(self, modules: dict[str, TrainableTernary], settings: Distillation) -> None:
-        self.modules = modules
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(modules.values(), settings), betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.learning = learning_parameters(modules)
+        self.optimizer = make_optimizer(self.learning, settings)
         self.step = self.since_best = 0
         self.seconds = self.check_seconds = 0.0
         self.best = math.inf
@@ -238,14 +275,6 @@ class _Run:
             run.check(measure, 0, None)
         return run
 
-    def _learning(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{name}.{key}": parameter
-            for name, module in self.modules.items()
-            for key, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
-
     def check(self, measure: Callable[[], float], tokens_a_step: int, state: Path | None) -> None:
         """Measure on held-out text, remember the best, and make the run durable in `state`."""
         started = time.monotonic()
@@ -253,7 +282,7 @@ class _Run:
         self.curve.append((self.step * tokens_a_step, kl))
         if kl < self.best:
             self.best, self.since_best = kl, 0
-            self.best_values = {n: p.detach().cpu().clone() for n, p in self._learning().items()}
+            self.best_values = {n: p.detach().cpu().clone() for n, p in self.learning.items()}
         else:
             self.since_best += 1
         if state is not None:
@@ -262,14 +291,12 @@ class _Run:
 
     def restore_best(self) -> None:
         """Give the modules the values of the best check."""
-        with torch.no_grad():
-            for name, parameter in self._learning().items():
-                parameter.copy_(self.best_values[name])
+        restore(self.learning, self.best_values)
 
     def _write(self, state: Path) -> None:
         numbers = [self.step, self.since_best, self.seconds, self.best, *(v for point in self.curve for v in point)]
         tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
-        for name, parameter in self._learning().items():
+        for name, parameter in self.learning.items():
             moments = self.optimizer.state[parameter]
             tensors |= {f"now/{name}": parameter.detach(), f"best/{name}": self.best_values[name]}
             tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq", "step") if key in moments}
@@ -281,7 +308,7 @@ class _Run:
             step, since_best, self.seconds, self.best, *curve = file.get_tensor("numbers").tolist()
             self.step, self.since_best = int(step), int(since_best)
             self.curve = [(int(tokens), kl) for tokens, kl in zip(curve[::2], curve[1::2], strict=True)]
-            for name, parameter in self._learning().items():
+            for name, parameter in self.learning.items():
                 parameter.copy_(file.get_tensor(f"now/{name}"))
                 self.best_values[name] = file.get_tensor(f"best/{name}")
                 moments = {key: f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq", "step")}

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ternarize import hub
 from ternarize.calibration import check_ids
-from ternarize.checkpoint import Checkpoint, write_text
+from ternarize.checkpoint import Checkpoint
 from ternarize.errors import TernarizeError
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.quantizer import load, quant_method
-from ternarize.report import RECIPE_FILE, REPORT_FILE, Report
+from ternarize.report import REPORT_FILE, Report
 from ternarize.text import draw, evaluation_windows, load_tokenizer, read_whole, self_windows, split_source
 
 LOGIT_CHUNK = 512  # tokens whose float32 distributions are alive at a time
@@ -181,9 +181,7 @@ def save_evaluation(folder: Path, results: list[Evaluation]) -> None:
     rows = {row["text"]: row for row in report.run.get("evaluation", [])}
     rows |= {result.text: result.to_dict() for result in results}
     report.run["evaluation"] = list(rows.values())
-    write_text(folder / REPORT_FILE, report.to_json())
-    recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8")
-    write_text(folder / "README.md", hub.model_card(report, recipe, report.run["evaluation"]))
+    hub.save_report(folder, report)
 
 
 def load_any(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -30,6 +30,10 @@ WEAK_RATIO = 2.0  # of the perplexities
 FEWEST_DISTINCT = 4  # tokens in the short text; a model that repeats itself has fewer
 PROMPT_TOKENS, TEXT_TOKENS = 16, 32
 OPENING = "Once upon a time, there was a"
+ADVICE = (
+    "Use a stronger recipe (balanced, best), more calibration.samples of text like your own, a larger model, "
+    "or skip the linears that `ternarize inspect` ranks worst."
+)
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,3 @@ def _verdict(evaluation: Evaluation | None, looping: bool) -> tuple[str, str]:
     if looping or ratio > WEAK_RATIO:
         return "weak", f"{why}. {ADVICE}"
     return "close", why
-
-
-ADVICE = (
-    "Use a stronger recipe (balanced, best), more calibration.samples of text like your own, a larger model, "
-    "or skip the linears that `ternarize inspect` ranks worst."
-)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ternarize.checkpoint import write_text
 from ternarize.progress import size
-from ternarize.report import Report
+from ternarize.report import RECIPE_FILE, REPORT_FILE, Report
 from ternarize.sources import SAMPLES
 
 CARD = """\
@@ -73,6 +75,13 @@ task before you rely on it. The base model's licence and limits apply.
 NOT_MEASURED = """\
 Not measured yet. `ternarize evaluate FOLDER --teacher SOURCE` measures perplexity, KL to the teacher and agreement,
 and writes the result here."""
+
+
+def save_report(folder: Path, report: Report) -> None:
+    """Write report.json, and the card that follows from it, into a ternarize folder."""
+    write_text(folder / REPORT_FILE, report.to_json())
+    recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8")
+    write_text(folder / "README.md", model_card(report, recipe, report.run.get("evaluation")))
 
 
 def model_card(report: Report, recipe: str, evaluation: list[dict[str, Any]] | None = None) -> str:

@@ -140,6 +140,15 @@ def decode_levels(levels: Levels, groups: int) -> tuple[Tensor, Tensor | None]:
     return scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half(), shift
 
 
+def round_levels(
+    scale: Tensor, shift: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Levels]:
+    """What the codes of `encode_levels` give back, float32 [O, G] each, and the codes."""
+    levels = encode_levels(scale, shift, scale_bits, shift_bits, limits)
+    stored, stored_shift = decode_levels(levels, scale.shape[1])
+    return stored.float(), None if stored_shift is None else stored_shift.float(), levels
+
+
 def level_row_bytes(groups: int, scale_bits: int, shift_bits: int) -> int:
     """Bytes of one record of coded levels; shift_bits is 0 for a grid without shift."""
     return 1 + -(-groups * (scale_bits + shift_bits) // 8)

@@ -34,7 +34,7 @@ from ternarize.sources import resolve
 from ternarize.tensor import group_count
 from ternarize.text import split_source
 
-WINDOWS, LENGTH = 4, 256  # text that a budget ranks the linears on
+RANK_WINDOWS, RANK_LENGTH = 4, 256  # text that a budget ranks the linears on
 LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
 PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
 
@@ -312,7 +312,7 @@ def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int
     once = forward / tokens  # of one token through all ternary linears
     learning = 3 * forward * recipe.tune.epochs
     distilled = recipe.distill.samples * recipe.calibration.length * recipe.distill.epochs
-    ranking = len(ternary) * once * WINDOWS * LENGTH if recipe.budget is not None else 0
+    ranking = len(ternary) * once * RANK_WINDOWS * RANK_LENGTH if recipe.budget is not None else 0
     return (3 * forward + moments + solving + learning + 4 * once * distilled + ranking) / rate + columns
 
 

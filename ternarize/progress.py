@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from tqdm.auto import tqdm
+
+from ternarize.errors import TernarizeError
 
 LINE_EVERY = 10.0  # seconds between plain lines
 
@@ -99,6 +102,30 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def parse_duration(text: str) -> float:
+    """`30m` -> 1800.0 seconds.
+
+    Raises:
+        TernarizeError: it is no duration above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise TernarizeError(f"time budget {text!r} is no duration above 0. Write it as 90s, 30m or 1h.")
+    return float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def parse_size(text: str) -> int:
+    """`60MB` -> 60000000 bytes.
+
+    Raises:
+        TernarizeError: it is no size above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise TernarizeError(f"target size {text!r} is no size above 0. Write it as 60MB or 1.2GB.")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
 
 
 def size(count: float) -> str:

@@ -48,12 +48,11 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Learning inside a window of blocks, against the teacher's output where it ends.
+class Learning:
+    """What a ternary weight may learn, and how fast.
 
     Args:
-        epochs: passes over the calibration windows; 0 is off.
-        window: blocks that learn together, 1 to 4.
+        epochs: passes over the text; 0 is off.
         codes: how trits move: "latent" (every weight has a position), "low-rank" (a low-rank change of the positions),
             or "frozen" (scales and shifts alone learn).
         rank: of the low-rank change.
@@ -62,11 +61,9 @@ class Tuning:
         rate: peak learning rate of codes (AdamW).
         level_rate: peak learning rate of scales, shifts and thresholds.
         off: weight of one minus the cosine between student's and teacher's features (OFF); 0 is off.
-        soften: share of the steps over which trits are soft and harden; 0 is hard from the start.
     """
 
     epochs: float = 0.0
-    window: int = 1
     codes: Literal["latent", "low-rank", "frozen"] = "latent"
     rank: int = 32
     levels: bool = True
@@ -74,24 +71,28 @@ class Tuning:
     rate: float = 3e-3
     level_rate: float = 3e-3
     off: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tuning(Learning):
+    """Learning inside a window of blocks, on the calibration windows, against the teacher's output where it ends.
+
+    Args:
+        window: blocks that learn together, 1 to 4.
+        soften: share of the steps over which trits are soft and harden; 0 is hard from the start.
+    """
+
+    window: int = 1
     soften: float = 0.0
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Learning):
     """Brief learning of the whole student from the whole teacher, at the end.
 
     Args:
-        epochs: passes over its text; 0 is off.
         samples: windows of the calibration sources and length, drawn anew.
         batch: windows in a step, per process.
-        codes: how trits move, as in `Tuning`.
-        rank: as in `Tuning`.
-        levels: whether scales and shifts learn.
-        thresholds: whether the thresholds between trits learn.
-        rate: peak learning rate of codes.
-        level_rate: peak learning rate of scales, shifts and thresholds.
-        off: weight of OFF, as in `Tuning`.
         depths: blocks, evenly spaced, whose features OFF compares.
         checkpointing: keep only each block's input for the backward pass, for a third more time and much less memory.
         check: steps from one held-out measurement to the next.
@@ -99,16 +100,9 @@ class Distillation:
         seed: for the order of the windows.
     """
 
-    epochs: float = 0.0
+    rate: float = 7e-4
     samples: int = 1024
     batch: int = 2
-    codes: Literal["latent", "low-rank", "frozen"] = "latent"
-    rank: int = 32
-    levels: bool = True
-    thresholds: bool = False
-    rate: float = 7e-4
-    level_rate: float = 3e-3
-    off: float = 0.0
     depths: int = 3
     checkpointing: bool = False
     check: int = 40
@@ -259,7 +253,7 @@ class Recipe:
                 if not isinstance(inner, dict):
                     raise TernarizeError(
                         f"setting {setting!r}: {parent!r} has no keys inside{_nearest(parent, target)}. "
-                        "Only calibration is nested, as in calibration.samples=128."
+                        "calibration, tune and distill are nested, as in calibration.samples=128."
                     )
                 target = inner
             try:
@@ -267,6 +261,12 @@ class Recipe:
             except (yaml.YAMLError, ValueError) as error:
                 raise TernarizeError(f"setting {setting!r}: {text!r} is not a YAML value: {error}") from error
         return self.from_dict(values, where="settings")
+
+    def with_text(self, sources: list[str] | None) -> Recipe:
+        """A copy that calibrates on these sources; the recipe itself where there are none."""
+        if not sources:
+            return self
+        return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, text=tuple(sources)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON; `from_dict` gives the recipe back."""

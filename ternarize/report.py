@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from ternarize.errors import TernarizeError
 
@@ -113,3 +118,25 @@ def dump_json(value: Any) -> str:
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     return json.dumps(finite(value), indent=1, allow_nan=False)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change the numbers."""
+    from ternarize import __version__
+
+    return {
+        "ternarize": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, bytes; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

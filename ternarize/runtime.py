@@ -142,21 +142,25 @@ class TernaryLinear(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
+    @property
+    def coded(self) -> Levels | None:
+        """The codes of scales and shifts; None where the file holds fp16."""
+        if self.levels is None or self.limits is None:
+            return None
+        return Levels(self.levels, self.limits, self.scale_bits, self.shift_bits)
+
     def read_levels(self) -> tuple[Tensor, Tensor | None]:
         """Scale and shift, fp16 [O, G]; shift is None where the grid has none."""
-        if self.levels is None or self.limits is None:
+        coded = self.coded
+        if coded is None:
             assert self.scale is not None
             return self.scale, self.shift
-        coded = Levels(self.levels, self.limits, self.scale_bits, self.shift_bits)
         return decode_levels(coded, group_count(self.in_features, self.group_size))
 
     def to_tensor(self) -> TernaryTensor:
         """The weight as a TernaryTensor."""
-        coded = None
-        if self.levels is not None and self.limits is not None:
-            coded = Levels(self.levels, self.limits, self.scale_bits, self.shift_bits)
         trits = unpack_trits(self.weight, self.in_features)
-        return TernaryTensor(trits, *self.read_levels(), self.group_size, coded)
+        return TernaryTensor(trits, *self.read_levels(), self.group_size, self.coded)
 
     def dequantize(self) -> Tensor:
         """The float32 weight, [O, I]."""

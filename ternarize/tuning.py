@@ -21,7 +21,6 @@ Shapes: O out features, I in features, G groups in a row, B windows, T tokens, H
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +30,11 @@ from torch import Tensor, nn
 
 from ternarize.architecture import replace_module
 from ternarize.calibration import Walk, autocast, first_held_out
-from ternarize.packing import decode_levels, encode_levels
-from ternarize.recipe import Distillation, Recipe, Tuning
+from ternarize.packing import round_levels
+from ternarize.recipe import Learning, Recipe
 from ternarize.runtime import TernaryLinear
 from ternarize.solver import SMALLEST_SCALE
-from ternarize.tensor import TernaryTensor, expand_groups
+from ternarize.tensor import Levels, TernaryTensor, expand_groups
 
 CELL = 0.45  # a latent starts at most so far from its code's level
 HUBER = 1.0  # where the loss turns linear, in units of a token's root mean square
@@ -66,7 +65,7 @@ class TrainableTernary(nn.Module):
         settings: of the tuning.
     """
 
-    def __init__(self, linear: TernaryLinear, weight: Tensor | None, settings: Tuning | Distillation) -> None:
+    def __init__(self, linear: TernaryLinear, weight: Tensor | None, settings: Learning) -> None:
         super().__init__()
         start = linear.to_tensor()
         self.replaces, self.group_size, self.levels = linear.replaces, start.group_size, start.levels
@@ -111,18 +110,14 @@ class TrainableTernary(nn.Module):
         scale = (self.scale_0 * (2 * torch.sigmoid(self.scale_factor))).clamp(min=SMALLEST_SCALE)
         return scale, self.shift_0 + self.scale_0 * (torch.sigmoid(self.shift_factor) - 0.5)
 
-    def _round(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def _round(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Levels | None]:
         if self.levels is None:
             return scale.half().float(), shift.half().float(), None
-        coded = encode_levels(
-            scale,
-            shift if self.with_shift else None,
-            self.levels.scale_bits,
-            self.levels.shift_bits,
-            self.levels.limits,
+        levels = self.levels
+        kept_scale, kept_shift, coded = round_levels(
+            scale, shift if self.with_shift else None, levels.scale_bits, levels.shift_bits, levels.limits
         )
-        kept_scale, kept_shift = decode_levels(coded, scale.shape[1])
-        return kept_scale.float(), shift if kept_shift is None else kept_shift.float(), coded
+        return kept_scale, shift if kept_shift is None else kept_shift, coded
 
     def position(self) -> Tensor:
         """Latents in units of twice the threshold, [O, I]: what is rounded to trits."""
@@ -177,7 +172,7 @@ class Tuned:
     steps: int
 
 
-def make_trainable(block: nn.Module, weights: dict[str, Tensor], prefix: str, settings: Tuning | Distillation) -> None:
+def make_trainable(block: nn.Module, weights: dict[str, Tensor], prefix: str, settings: Learning) -> None:
     """Put a TrainableTernary in the place of every ternary linear of a block.
 
     Args:
@@ -211,15 +206,13 @@ def tune(
         entrance: the student's hidden states [B, T, H] per batch, where the window begins.
         exit_: the teacher's hidden states where it ends.
         walk: how each block is called.
-
-    Raises:
-        Nothing of its own; a window that did not gain is put back as it was.
     """
     settings = recipe.tune
     device = entrance[0].device
     fitted = first_held_out(len(entrance), recipe.calibration.held_out)
     modules = [m for block in window for m in block.modules() if isinstance(m, TrainableTernary)]
-    start = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in modules]
+    learning = learning_parameters({str(number): module for number, module in enumerate(modules)})
+    start = {name: parameter.detach().clone() for name, parameter in learning.items()}
     steps = math.ceil(settings.epochs * fitted)
 
     def run(batch: int) -> Tensor:
@@ -235,7 +228,7 @@ def tune(
             return sum(float(window_loss(run(b), exit_[b], settings.off)) for b in apart) / len(apart)
 
     before = held_out()
-    optimizer = torch.optim.AdamW(parameter_groups(modules, settings), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(learning, settings)
     generator = torch.Generator().manual_seed(recipe.calibration.seed)
     order = [int(b) for _ in range(math.ceil(settings.epochs)) for b in torch.randperm(fitted, generator=generator)]
     for step, batch in enumerate(order[:steps]):
@@ -252,9 +245,7 @@ def tune(
     after = held_out()
     kept = after < before
     if not kept:
-        for module, values in zip(modules, start, strict=True):
-            for name, value in module.named_parameters():
-                value.data.copy_(values[name])
+        restore(learning, start)
     return Tuned(before, after, kept, steps)
 
 
@@ -271,20 +262,39 @@ def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
     unit = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     loss = nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
     if off:
-        loss = loss + off * (1 - nn.functional.cosine_similarity(student, teacher, dim=-1)).mean()
+        loss = loss + off * off_loss(student, teacher)
     return loss
 
 
-def parameter_groups(modules: Iterable[TrainableTernary], settings: Tuning | Distillation) -> list[dict[str, Any]]:
-    """What learns, codes and levels at their own rates."""
-    codes: list[nn.Parameter] = []
-    levels: list[nn.Parameter] = []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                (levels if name.endswith("_factor") else codes).append(parameter)
+def off_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine between features [..., H], a mean over tokens (TernaryLLM's OFF)."""
+    return (1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
+def learning_parameters(modules: dict[str, TrainableTernary]) -> dict[str, nn.Parameter]:
+    """What learns, by the names of module and parameter."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def restore(learning: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Give parameters the values that they had once."""
+    for name, parameter in learning.items():
+        parameter.copy_(values[name])
+
+
+def make_optimizer(learning: dict[str, nn.Parameter], settings: Learning) -> torch.optim.Optimizer:
+    """AdamW over what learns, codes and levels at their own rates."""
+    codes = [parameter for name, parameter in learning.items() if not name.endswith("_factor")]
+    levels = [parameter for name, parameter in learning.items() if name.endswith("_factor")]
     groups = [{"params": codes, "peak": settings.rate}, {"params": levels, "peak": settings.level_rate}]
-    return [group for group in groups if group["params"]]
+    kept = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(kept, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, factor: float) -> None:

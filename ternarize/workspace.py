@@ -18,17 +18,30 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ternarize.checkpoint import INDEX_FILE, SINGLE_FILE, copy_file, sync_folder, write_tensors, write_text
-from ternarize.errors import TernarizeError
-from ternarize.report import LinearReport
+from ternarize.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    copy_file,
+    sync_folder,
+    write_tensors,
+    write_text,
+)
+from ternarize.errors import StoppedError, TernarizeError
+from ternarize.progress import size
+from ternarize.recipe import Recipe
+from ternarize.report import LinearReport, versions
 
 SHARD_BYTES = 1_000_000_000  # a shard is assembled in memory, so it stays small
 OUTSIDE = "outside"
@@ -69,6 +82,18 @@ class Workspace:
             raise TernarizeError(
                 f"{self.folder} holds an interrupted conversion. "
                 "Add --resume to go on with it, or --force to start over."
+            )
+
+    def refuse_inside(self, source: Path) -> None:
+        """Refuse an output that is the source, or a folder that holds it.
+
+        Raises:
+            TernarizeError: the source would be lost.
+        """
+        held = source.resolve()
+        if self.output in (held, *held.parents):
+            raise TernarizeError(
+                f"{self.output} holds the source {held}, which would be lost. Choose another --output."
             )
 
     def open(self, arguments: dict[str, Any]) -> None:
@@ -176,6 +201,26 @@ class Workspace:
         sync_folder(self.output.parent)
         shutil.rmtree(self.folder)
 
+    @contextmanager
+    def stoppable(self, expected_memory: int | None = None) -> Iterator[None]:
+        """Say what is safe and how to go on when the work inside is stopped or runs out of memory."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise StoppedError(self.stopped("stopped")) from None
+        except TernarizeError as error:
+            if not isinstance(error, StoppedError):
+                self.close()
+            raise
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            why = "out of memory" + (f"; the plan expected {size(expected_memory)}" if expected_memory else "")
+            raise StoppedError(
+                self.stopped(why)
+                + " Free some memory first, or start over with fewer calibration.samples or another machine."
+            ) from error
+
     def stopped(self, why: str) -> str:
         """What to tell the user when the work ends early."""
         done = len(list(self.folder.glob("block-*.json"))) if self.folder.exists() else 0
@@ -220,3 +265,18 @@ def write_shards(folder: Path, parts: list[Path]) -> int:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(folder / INDEX_FILE, json.dumps(index, indent=1))
     return total
+
+
+def arguments(checkpoint: Checkpoint, recipe: Recipe, device: str) -> dict[str, Any]:
+    """What an interrupted conversion and its continuation must have in common."""
+    files = {shard.name: [shard.stat().st_size, shard.stat().st_mtime_ns] for shard in checkpoint.shards}
+    return {
+        "source": str(checkpoint.folder.resolve()),
+        "files": files,
+        "recipe": recipe.to_dict(),
+        "device": device,
+    } | (versions())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -47,6 +47,7 @@ ORDER = (
     "budget",
     "gate",
     "workspace",
+    "refine",
     "conversion",
     "plot",
     "cli",

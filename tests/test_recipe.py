@@ -167,8 +167,9 @@ def test_a_recipe_is_frozen_and_can_be_a_key() -> None:
 
 @pytest.mark.parametrize("kind", [Recipe, *PARTS.values()])
 def test_every_setting_is_described(kind: type) -> None:
+    described = "".join(part.__doc__ or "" for part in kind.__mro__ if dataclasses.is_dataclass(part))
     for field in dataclasses.fields(kind):
-        assert re.search(rf"^ +{field.name}: \S", kind.__doc__ or "", re.MULTILINE), field.name
+        assert re.search(rf"^ +{field.name}: \S", described, re.MULTILINE), field.name
 
 
 def test_a_recipe_needs_statistics_if_any_step_does() -> None:

@@ -1,0 +1,138 @@
+"""A finished folder learns on: the whole student from the whole teacher, and the files are written anew."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ternarize import hub
+from ternarize.architecture import find_blocks
+from ternarize.calibration import autocast_enabled
+from ternarize.checkpoint import Checkpoint, rewrite_tensors, write_text
+from ternarize.distill import distill, is_first, together
+from ternarize.evaluate import Evaluation, compare, load_any
+from ternarize.gate import judge
+from ternarize.progress import Progress
+from ternarize.recipe import Recipe
+from ternarize.report import RECIPE_FILE, Report, peak_memory
+from ternarize.runtime import TernaryLinear
+from ternarize.sources import resolve
+from ternarize.text import calibration_windows, fingerprint, load_tokenizer
+from ternarize.workspace import Workspace, arguments
+
+GATE_WINDOWS = 8  # on which a distilled student is compared with its teacher
+
+
+def distill_folder(
+    folder: Path,
+    checkpoint: Checkpoint,
+    report: Report,
+    recipe: Recipe,
+    state: Path,
+    progress: Progress,
+    device: str = "cpu",
+    budget: float | None = None,
+) -> tuple[Report, Evaluation]:
+    """Let the student in a ternarize folder learn from its source as a whole; its weight files are rewritten.
+
+    Args:
+        folder: a ternarize folder, changed in place (by the first process, under torchrun).
+        checkpoint: the source.
+        report: of the folder so far.
+        recipe: its `distill` and `calibration` say how, and on what text.
+        state, budget: as in `distill.distill`.
+
+    Returns:
+        The report with the codes' new figures, whose `run` tells how the distillation went; and a comparison with the
+        teacher on held-out windows.
+
+    Raises:
+        TernarizeError: as `distill.distill`.
+    """
+    wanted = recipe.calibration
+    ids = calibration_windows(
+        wanted.text, checkpoint.folder, recipe.distill.samples, wanted.length, wanted.seed + 1, progress
+    )
+    teacher = checkpoint.skeleton()
+    checkpoint.load(teacher, "")
+    if autocast_enabled(torch.device(device)):
+        teacher.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    teacher.to(device)  # type: ignore[arg-type]
+    student = load_any(folder, device, torch.float32)
+    path, _ = find_blocks(teacher)
+    done = distill(student, teacher, path, ids, recipe.distill, wanted.held_out, state, progress, budget)
+    modules = {name: m for name, m in student.named_modules() if isinstance(m, TernaryLinear)}
+    if is_first():
+        tensors = {f"{name}.{key}": t.cpu() for name, m in modules.items() for key, t in m.state_dict().items()}
+        rewrite_tensors(folder, tensors)
+    linears = [replace(entry, zero_share=modules[entry.name].to_tensor().zero_share) for entry in report.linears]
+    report = replace(report, linears=linears)
+    report.run["distill"] = done.to_dict() | {"windows": len(ids), "sha256": fingerprint(ids)}
+    held_out = ids[-min(len(ids), GATE_WINDOWS) :]
+    return report, compare(student, teacher, held_out, "held-out calibration text", progress)
+
+
+def distill_again(
+    folder: str | Path,
+    source: str | Path,
+    output: str | Path,
+    settings: list[str] | None = None,
+    *,
+    revision: str | None = None,
+    text: list[str] | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    budget: float | None = None,
+    progress: Progress | None = None,
+) -> Report | None:
+    """Distil a finished ternarize folder into a new one, by its own recipe with `settings` applied.
+
+    Args:
+        folder: what `convert` wrote; it is not changed.
+        source: what it was converted from.
+        output: the folder to write.
+        settings: `key=value` for the recipe, such as "distill.epochs=2"; one epoch where the recipe has none.
+        revision, text, device, resume, force, progress: as in `convert`.
+        budget: seconds.
+
+    Returns:
+        The report, also written to output/report.json; None in all processes but the first under torchrun.
+
+    Raises:
+        TernarizeError: see its subclasses; the message says what to do.
+    """
+    started = time.monotonic()
+    folder, progress = Path(folder), progress or Progress()
+    report = Report.read(folder)
+    recipe = Recipe.load(folder / RECIPE_FILE)
+    if not recipe.distill.epochs:
+        recipe = recipe.with_settings(["distill.epochs=1"])
+    recipe = recipe.with_settings(settings or []).with_text(text)
+    checkpoint = Checkpoint(resolve(str(source), revision))
+    work = Workspace(Path(output), resume, force)
+    for held in (checkpoint.folder, folder):
+        work.refuse_inside(held)
+    first = is_first()
+    if first:
+        work.open(arguments(checkpoint, recipe, device) | {"student": str(folder.resolve())})
+        work.copy_final(folder)
+    together()
+    with work.stoppable():
+        report, evaluation = distill_folder(
+            work.final, checkpoint, report, recipe, work.distillation, progress, device, budget
+        )
+    together()
+    if not first:
+        return None
+    student = load_any(work.final, device, torch.float32)
+    report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, None).to_dict()
+    report.run.update(seconds=round(report.run["seconds"] + time.monotonic() - started, 1), peak_memory=peak_memory())
+    report.run.pop("evaluation", None)  # of the student before
+    write_text(work.final / RECIPE_FILE, recipe.to_yaml())
+    hub.save_report(work.final, report)
+    work.publish()
+    return report
