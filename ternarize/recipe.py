@@ -61,6 +61,7 @@ class Learning:
         rate: peak learning rate of codes (AdamW).
         level_rate: peak learning rate of scales, shifts and thresholds.
         off: weight of one minus the cosine between student's and teacher's features (OFF); 0 is off.
+        cell: how far from its level a position may start, in units of scale: 0 is at the level, 0.5 at the threshold.
     """
 
     epochs: float = 0.0
@@ -71,6 +72,7 @@ class Learning:
     rate: float = 3e-3
     level_rate: float = 3e-3
     off: float = 0.0
+    cell: float = 0.45
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Distillation(Learning):
         seed: for the order of the windows.
     """
 
-    rate: float = 7e-4
+    level_rate: float = 1e-2
+    cell: float = 0.35
     samples: int = 1024
     batch: int = 2
     depths: int = 3
@@ -176,6 +179,7 @@ class Recipe:
             _require(0 < learning.rate < math.inf, f"{name}.rate", learning.rate, "above 0")
             _require(0 < learning.level_rate < math.inf, f"{name}.level_rate", learning.level_rate, "above 0")
             _require(0 <= learning.off < math.inf, f"{name}.off", learning.off, "0 (off) or more")
+            _require(0 <= learning.cell < 0.5, f"{name}.cell", learning.cell, "at least 0, below 0.5 (the threshold)")
             moves = learning.codes != "frozen" or learning.levels or learning.thresholds
             rule = "latent or low-rank where neither levels nor thresholds learn"
             _require(moves or not learning.epochs, f"{name}.codes", learning.codes, rule)

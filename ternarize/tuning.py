@@ -36,8 +36,7 @@ from ternarize.runtime import TernaryLinear
 from ternarize.solver import SMALLEST_SCALE
 from ternarize.tensor import Levels, TernaryTensor, expand_groups
 
-CELL = 0.45  # a latent starts at most so far from its code's level
-HUBER = 1.0  # where the loss turns linear, in units of a token's root mean square
+HUBER = 1.0  # where the loss turns linear, in the tokens' units
 SHARPEST = 30.0  # of the softened codes, when they are hardened
 
 
@@ -80,7 +79,7 @@ class TrainableTernary(nn.Module):
         latent = trits
         if weight is not None:
             place = (weight.float() - self._columns(shift)) / self._columns(self.scale_0)
-            latent = (trits + (place - trits).clamp(-CELL, CELL)).clamp(-1, 1)
+            latent = (trits + (place - trits).clamp(-settings.cell, settings.cell)).clamp(-1, 1)
         zeros = torch.zeros_like(self.scale_0)
         self.scale_factor = nn.Parameter(zeros.clone(), requires_grad=settings.levels)
         self.shift_factor = nn.Parameter(zeros.clone(), requires_grad=settings.levels and with_shift)
@@ -250,16 +249,18 @@ def tune(
 
 
 def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
-    """Huber loss of each token in units of its root mean square, plus `off` times one minus the cosine; a mean.
+    """Huber loss of each token in units of its own, plus `off` times one minus the cosine; a mean over tokens.
 
-    A few tokens carry activations that are thousands of times the others'; without the unit they would be all that
-    counts.
+    The unit is the geometric mean of the token's root mean square and the median token's. A few tokens, the attention
+    sinks, carry activations hundreds of times the others': in absolute units they would be all that counts, in units
+    of their own they would count as one token each, although all others attend to them.
 
     Args:
         student, teacher: [B, T, H].
     """
     student, teacher = student.float(), teacher.float()
-    unit = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+    size = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+    unit = (size * size.median()).sqrt()
     loss = nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
     if off:
         loss = loss + off * off_loss(student, teacher)

@@ -99,13 +99,36 @@ def test_the_schedule_rises_and_falls_to_nothing() -> None:
     assert values[-1] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_massive_token_counts_no_more_than_any_other() -> None:
+@pytest.mark.parametrize("cell", [0.0, 0.3])
+def test_positions_start_inside_their_cells(cell: float) -> None:
+    weight = random(12, 20)
+    linear = ternary_of(weight)
+    away = TrainableTernary(linear, weight, Tuning(cell=cell)).latent - linear.to_tensor().trits
+    assert float(away.abs().max()) == pytest.approx(cell)
+
+
+def test_a_token_counts_by_the_size_of_its_activations() -> None:
+    """Between units of its own, where a sink is one token of many, and absolute ones, where it is all that counts."""
+    teacher = torch.ones(1, 5, 8)
+    teacher[0, 0] *= 100
+
+    def loss_of(token: int) -> float:
+        student = teacher.clone()
+        student[0, token] *= 1.01
+        return float(window_loss(student, teacher, 0.0))
+
+    assert loss_of(1) == pytest.approx(0.5 * 0.01**2 / 5, rel=1e-3)
+    assert loss_of(0) == pytest.approx(100 * loss_of(1), rel=1e-3)
+
+
+def test_off_is_one_minus_the_cosine() -> None:
     teacher = random(1, 4, 8)
-    teacher[0, 0] *= 1e4
-    student = teacher * 1.1
-    assert float(window_loss(student, teacher, 0.0)) == pytest.approx(0.5 * 0.01, rel=0.3)
-    assert float(window_loss(student, teacher, 1.0) - window_loss(student, teacher, 0.0)) == pytest.approx(0, abs=1e-5)
-    assert float(window_loss(-teacher, teacher, 1.0) - window_loss(-teacher, teacher, 0.0)) == pytest.approx(2)
+
+    def off(student: Tensor) -> float:
+        return float(window_loss(student, teacher, 1.0) - window_loss(student, teacher, 0.0))
+
+    assert off(1.1 * teacher) == pytest.approx(0, abs=1e-5)
+    assert off(-teacher) == pytest.approx(2)
 
 
 # -- a window ----------------------------------------------------------------------------------------------------------
