@@ -17,6 +17,7 @@ import typer
 
 import ternarize
 from ternarize.errors import TernarizeError
+from ternarize.printing import comparison, print_json, say_verdict, size_rows, summarize_kept, table
 from ternarize.progress import Progress, duration, parse_duration, parse_size, quiet_transformers, size
 from ternarize.recipe import DEFAULT, Recipe
 
@@ -67,9 +68,6 @@ TimeOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str, typer.Option(help="Type of activations: float32, bfloat16 or float16.")]
-
-
-COLLAPSED = 5  # exit code
 
 
 def _version(wanted: bool) -> None:
@@ -130,8 +128,8 @@ def convert(
     )
     verdict = report.run["verdict"]
     if as_json:
-        _print_json(json.loads(report.to_json()))
-        _say_verdict(verdict, quietly=True)
+        print_json(json.loads(report.to_json()))
+        say_verdict(verdict, quietly=True)
         return
     data_free = [entry.name for entry in report.linears if entry.data_free]
     if data_free and chosen.needs_statistics:
@@ -139,7 +137,7 @@ def convert(
             f"{len(data_free)} experts saw too few calibration tokens and were fitted without data, "
             f"such as {data_free[0]}; more calibration.samples would reach them."
         )
-    _table(
+    table(
         [
             ("source", source),
             ("output", str(target)),
@@ -151,7 +149,7 @@ def convert(
             ("peak memory", size(report.run["peak_memory"]) if report.run["peak_memory"] else "not known here"),
         ]
     )
-    _say_verdict(verdict)
+    say_verdict(verdict)
     typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
     typer.echo(f'      ternarize generate {target} "Once upon a time"')
 
@@ -204,10 +202,10 @@ def distill(
     if report is None:
         return
     if as_json:
-        _print_json(json.loads(report.to_json()))
+        print_json(json.loads(report.to_json()))
     else:
         done = report.run["distill"]
-        _table(
+        table(
             [
                 ("output", str(output)),
                 ("held-out KL to the teacher", f"{done['before']:.3f} -> {done['after']:.3f} nats a token"),
@@ -215,7 +213,7 @@ def distill(
                 ("time", duration(done["seconds"])),
             ]
         )
-    _say_verdict(report.run["verdict"], quietly=as_json)
+    say_verdict(report.run["verdict"], quietly=as_json)
 
 
 @app.command()
@@ -236,10 +234,10 @@ def plan(
     chosen = _recipe(source, recipe, setting, text, target_size, revision)
     made = make_plan(Checkpoint(resolve(source, revision)), chosen)
     if as_json:
-        _print_json(made.to_dict())
+        print_json(made.to_dict())
         return
     share = made.ternary_weights / made.weights
-    _table(
+    table(
         [
             ("model", f"{made.model}, {made.block_count} blocks at {made.blocks}"),
             ("ternary", f"{len(made.ternary)} linears, {made.ternary_weights:,} weights ({100 * share:.1f} %)"),
@@ -250,7 +248,7 @@ def plan(
         ]
     )
     typer.echo("\nStays float:")
-    for line in _summarize_kept([(kept.name, kept.reason) for kept in made.kept]):
+    for line in summarize_kept([(kept.name, kept.reason) for kept in made.kept]):
         typer.echo(f"  {line}")
 
 
@@ -297,9 +295,9 @@ def evaluate(
         save,
     )
     if as_json:
-        _print_json([result.to_dict() for result in results])
+        print_json([result.to_dict() for result in results])
         return
-    rows = _sizes(resolve(folder, None if teacher else revision))
+    rows = size_rows(resolve(folder, None if teacher else revision))
     for result in results:
         reference = "" if result.teacher_perplexity is None else f"{result.teacher_perplexity:.2f}"
         what = f"{result.text}, {result.windows} x {result.length} tokens"
@@ -307,7 +305,7 @@ def evaluate(
         if result.kl is not None and result.agreement is not None:
             rows.append(("KL to the teacher, nats a token", "", f"{result.kl:.3f}"))
             rows.append(("same likeliest token", "", f"{100 * result.agreement:.1f} %"))
-    _compare(rows)
+    comparison(rows)
 
 
 @app.command()
@@ -390,7 +388,7 @@ def inspect(
         _rank(folder, teacher, text or ["pydoc"], worst, as_json)
         return
     if as_json:
-        _print_json(json.loads(report.to_json()))
+        print_json(json.loads(report.to_json()))
     else:
         entries = report.linears
         if worst:
@@ -405,7 +403,7 @@ def inspect(
                 f"{entry.bits:5.3f}{note}"
             )
         typer.echo("")
-        _table(
+        table(
             [
                 ("bits per ternary weight", f"{report.bits_per_ternary_weight:.3f}"),
                 ("bits per weight, whole file", f"{report.bits_per_weight:.3f}"),
@@ -413,7 +411,7 @@ def inspect(
             ]
         )
         typer.echo("\nStayed float:")
-        for line in _summarize_kept([(kept["name"], kept["reason"]) for kept in report.kept]):
+        for line in summarize_kept([(kept["name"], kept["reason"]) for kept in report.kept]):
             typer.echo(f"  {line}")
     if plot is not None:
         from ternarize.plot import plot_report
@@ -437,15 +435,6 @@ def run() -> None:
         sys.exit(4)
 
 
-# -- printing ------------------------------------------------------------------------------------------------------
-
-
-def _table(rows: list[tuple[str, str]]) -> None:
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        typer.echo(f"{label:{width}}  {value}")
-
-
 def _rank(folder: Path, teacher: str, text: list[str], worst: int, as_json: bool) -> None:
     from ternarize.budget import rank_folder
     from ternarize.sources import resolve
@@ -453,69 +442,12 @@ def _rank(folder: Path, teacher: str, text: list[str], worst: int, as_json: bool
     damages = rank_folder(folder, resolve(teacher), text, Progress(quiet=as_json))
     ranked = sorted(damages.items(), key=lambda item: -item[1])[: worst or None]
     if as_json:
-        _print_json([{"linear": name, "kl": damage} for name, damage in ranked])
+        print_json([{"linear": name, "kl": damage} for name, damage in ranked])
         return
     width = max(len(name) for name, _ in ranked)
     typer.echo(f"{'linear':{width}}  KL to the teacher with this linear alone ternary, nats a token")
     for name, damage in ranked:
         typer.echo(f"{name:{width}}  {damage:.5f}")
-
-
-def _say_verdict(verdict: dict[str, Any], quietly: bool = False) -> None:
-    """What the quality gate found; a collapsed model ends the program with its own exit code."""
-    collapsed = verdict["word"] == "collapsed"
-    if collapsed:
-        typer.echo(f"\nTHIS MODEL HAS COLLAPSED and is of no use: {verdict['why']}", err=True)
-        typer.echo(f"It writes: {verdict['text']!r}", err=True)
-    elif not quietly:
-        typer.echo(f"\nAgainst its teacher, on held-out calibration text: {verdict['why']}")
-        typer.echo(f"It writes: {verdict['text']!r}")
-    if collapsed:
-        raise typer.Exit(COLLAPSED)
-
-
-def _sizes(folder: Path) -> list[tuple[str, str, str]]:
-    """Rows of size and bits, teacher beside student, for a ternarize folder."""
-    from ternarize.report import REPORT_FILE, Report
-
-    if not (folder / REPORT_FILE).is_file():
-        return []
-    report = Report.read(folder)
-    source_bits = 8 * report.source_bytes / report.weights
-    return [
-        ("weight files", size(report.source_bytes), size(report.output_bytes)),
-        ("bits per weight, whole file", f"{source_bits:.2f}", f"{report.bits_per_weight:.2f}"),
-        ("bits per ternary weight", "", f"{report.bits_per_ternary_weight:.2f}"),
-    ]
-
-
-def _compare(rows: list[tuple[str, str, str]]) -> None:
-    """Rows of (what, teacher, student); one model alone has no teacher column."""
-    alone = not any(teacher for _, teacher, _ in rows)
-    width = max(len(label) for label, _, _ in rows)
-    if not alone:
-        typer.echo(f"{'':{width}}  {'teacher':>10}  {'student':>10}")
-    for label, teacher, student in rows:
-        typer.echo(f"{label:{width}}  {student:>10}" if alone else f"{label:{width}}  {teacher:>10}  {student:>10}")
-
-
-def _print_json(value: object) -> None:
-    from ternarize.report import dump_json
-
-    typer.echo(dump_json(value))
-
-
-def _summarize_kept(kept: list[tuple[str, str]]) -> list[str]:
-    """Names with their layer numbers folded together: `model.layers.*.norm.weight (30): reason`."""
-    import re
-
-    folded: dict[tuple[str, str], int] = {}
-    for name, reason in kept:
-        key = (re.sub(r"\.\d+(?=\.)", ".*", name), reason)
-        folded[key] = folded.get(key, 0) + 1
-    return [f"{name}{f' ({count})' if count > 1 else ''}: {reason}" for (name, reason), count in folded.items()] or [
-        "nothing"
-    ]
 
 
 def _recipe(

@@ -124,7 +124,7 @@ def convert(
             )
         student = load_any(work.final, device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
-    report.run.update(seconds=round(time.monotonic() - started, 1), peak_memory=peak_memory())
+    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory())
     hub.save_report(work.final, report)
     work.publish()
     return report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,7 +104,6 @@ def distill_again(
     Raises:
         TernarizeError: see its subclasses; the message says what to do.
     """
-    started = time.monotonic()
     folder, progress = Path(folder), progress or Progress()
     report = Report.read(folder)
     recipe = Recipe.load(folder / RECIPE_FILE)
@@ -130,7 +128,7 @@ def distill_again(
         return None
     student = load_any(work.final, device, torch.float32)
     report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, None).to_dict()
-    report.run.update(seconds=round(report.run["seconds"] + time.monotonic() - started, 1), peak_memory=peak_memory())
+    report.run.update(seconds=round(report.run["seconds"] + work.spent(), 1), peak_memory=peak_memory())
     report.run.pop("evaluation", None)  # of the student before
     write_text(work.final / RECIPE_FILE, recipe.to_yaml())
     hub.save_report(work.final, report)

@@ -2,6 +2,7 @@
 
     OUT.partial/
       state.json               the arguments, so that a continuation with others is refused
+      seconds.json             time spent so far, by earlier runs too
       calibration.safetensors  the token ids, fixed by the first run
       group_sizes.json         what a budget gives each linear
       outside.safetensors      what lies outside the blocks
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -66,6 +68,7 @@ class Workspace:
         self.replaced = self.folder / "replaced"
         self.resume = resume
         self.fresh = False
+        self.started, self.earlier = time.monotonic(), 0.0
         for path in (output, *self.output.parents):
             if path.is_file():
                 raise TernarizeError(f"{path} is a file. Choose another --output.")
@@ -115,6 +118,8 @@ class Workspace:
                     f"{self.folder} was started with other arguments ({'; '.join(differences)}). "
                     "Resume with those, or use --force to start over."
                 )
+            if self.seconds.exists():
+                self.earlier = json.loads(self.seconds.read_text(encoding="utf-8"))
             return
         self.fresh = True
         if self.folder.exists():
@@ -145,6 +150,15 @@ class Workspace:
         """Where a distillation keeps what it needs to go on."""
         return self.folder / "distill.safetensors"
 
+    @property
+    def seconds(self) -> Path:
+        """Where the time spent is kept."""
+        return self.folder / "seconds.json"
+
+    def spent(self) -> float:
+        """Seconds of this run and of those that it goes on from, as far as they got to write it down."""
+        return self.earlier + time.monotonic() - self.started
+
     @staticmethod
     def block(index: int) -> str:
         """The name of a block's part."""
@@ -168,6 +182,7 @@ class Workspace:
         write_tensors(self.folder / f"{part}.safetensors", tensors)
         facts = {"linears": [asdict(entry) for entry in entries], "tuned": tuned}
         write_text(self.folder / f"{part}.json", json.dumps(facts))
+        write_text(self.seconds, json.dumps(self.spent()))
 
     def read(self, part: str) -> tuple[dict[str, Tensor], list[LinearReport], dict[str, Any] | None]:
         """A part's tensors, entries, and how its window's tuning ended."""
@@ -222,8 +237,11 @@ class Workspace:
             ) from error
 
     def stopped(self, why: str) -> str:
-        """What to tell the user when the work ends early."""
-        done = len(list(self.folder.glob("block-*.json"))) if self.folder.exists() else 0
+        """What to tell the user when the work ends early; the time spent is written down."""
+        done = 0
+        if self.folder.exists():
+            done = len(list(self.folder.glob("block-*.json")))
+            write_text(self.seconds, json.dumps(self.spent()))
         safe = f"{done} blocks are safe in {self.folder}"
         if self.distillation.exists():
             safe = f"the distillation's last check is safe in {self.folder}"
@@ -234,7 +252,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a conversion may have put this into OUT.partial."""
     return (
         re.fullmatch(
-            r"((state|group_sizes)\.json|(calibration|distill|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced",
+            r"((state|group_sizes|seconds)\.json|(calibration|distill|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced",
             path.name,
         )
         is not None

@@ -358,6 +358,13 @@ def test_resuming_with_another_source_or_a_changed_one_is_refused(
         os.utime(weights, ns=times)
 
 
+def test_the_time_of_earlier_runs_counts(interrupted: Path, llama: Path, recipe: Recipe) -> None:
+    seconds = interrupted.with_name("ternary.partial") / "seconds.json"
+    assert 0 < json.loads(seconds.read_text()) < 1000
+    seconds.write_text("1000.0")
+    assert convert(llama, interrupted, recipe, resume=True, progress=QUIET).run["seconds"] > 1000
+
+
 def test_interrupted_conversion_is_neither_continued_nor_dropped_without_a_word(
     interrupted: Path, ternary: Path, llama: Path, recipe: Recipe
 ) -> None:

@@ -50,6 +50,7 @@ ORDER = (
     "refine",
     "conversion",
     "plot",
+    "printing",
     "cli",
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
