@@ -22,7 +22,7 @@ import typer.main
 from tiny import contents, copy_folder, edit_tensors, make_checkpoint, make_recipe, make_text
 
 import ternarize
-from ternarize import Recipe, cli, progress
+from ternarize import Recipe, cli, printing, progress
 from ternarize.conversion import convert
 from ternarize.errors import StoppedError
 from ternarize.progress import Progress, parse_duration
@@ -74,7 +74,7 @@ def test_flags_are_frozen() -> None:
             "--device", "--force", "--json", "--output", "--plan", "--quiet", "--recipe", "--resume", "--revision",
             "--set", "--target-size", "--text", "--time-budget", "-o", "-q", "-r", "source",
         ],
-        "plan": ["--json", "--recipe", "--revision", "--set", "--text", "-r", "source"],
+        "plan": ["--json", "--recipe", "--revision", "--set", "--target-size", "--text", "-r", "source"],
         "evaluate": [
             "--device", "--dtype", "--json", "--length", "--no-save", "--quiet", "--revision", "--save", "--teacher",
             "--text", "--windows", "-q", "folder",
@@ -306,7 +306,7 @@ def test_signal_in_the_middle_leaves_a_run_that_resumes_to_the_same_bits(
     code, _, err = run(*arguments)
     assert code == 2
     assert "--resume" in err
-    assert run(*arguments, "--resume")[0] in (0, cli.COLLAPSED)  # a random model; what it is worth is not the point
+    assert run(*arguments, "--resume")[0] in (0, printing.COLLAPSED)  # a random model; what it is worth is not the point
     assert contents(output) == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["ternary"]
 
@@ -450,7 +450,7 @@ def test_a_budget_that_is_none_is_refused(
 def test_a_target_size_is_met(run: Run, llama: Path, ternary: Path, settings: list[str], tmp_path: Path) -> None:
     usual = (ternary / "model.safetensors").stat().st_size
     code, _, err = run("convert", llama, "-o", tmp_path / "out", *settings, "--target-size", str(usual + 2500))
-    assert code in (0, cli.COLLAPSED), err
+    assert code in (0, printing.COLLAPSED), err
     assert usual - 2000 < (tmp_path / "out" / "model.safetensors").stat().st_size <= usual + 2500
     code, _, err = run("convert", llama, "-o", tmp_path / "small", *settings, "--target-size", "1kB")
     assert code == 2
@@ -484,7 +484,7 @@ def test_a_collapsed_model_ends_with_its_own_exit_code(
 def test_distill_on_the_command_line(run: Run, llama: Path, ternary: Path, tmp_path: Path) -> None:
     options = ["--set", "distill.samples=20", "--set", "distill.check=4", "--time-budget", "5s"]
     code, out, err = run("distill", ternary, "--teacher", llama, "-o", tmp_path / "out", *options)
-    assert code in (0, cli.COLLAPSED), err
+    assert code in (0, printing.COLLAPSED), err
     assert "held-out KL to the teacher" in out
     code, _, err = run("distill", ternary, "--teacher", llama, "-o", tmp_path / "out", *options)
     assert code == 2

@@ -252,6 +252,7 @@ BAD: dict[str, list[Any]] = {
             "rate": [0, -1, *NUMBER],
             "level_rate": [0, -1, *NUMBER],
             "off": [-0.1, *NUMBER],
+            "cell": [-0.1, 0.5, *NUMBER],
         }.items()
     },
 }
