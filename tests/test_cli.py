@@ -306,7 +306,8 @@ def test_signal_in_the_middle_leaves_a_run_that_resumes_to_the_same_bits(
     code, _, err = run(*arguments)
     assert code == 2
     assert "--resume" in err
-    assert run(*arguments, "--resume")[0] in (0, printing.COLLAPSED)  # a random model; what it is worth is not the point
+    # A random model: what it is worth is not the point.
+    assert run(*arguments, "--resume")[0] in (0, printing.COLLAPSED)
     assert contents(output) == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["ternary"]
 
