@@ -103,7 +103,7 @@ def test_the_schedule_rises_and_falls_to_nothing() -> None:
 def test_positions_start_inside_their_cells(cell: float) -> None:
     weight = random(12, 20)
     linear = ternary_of(weight)
-    away = TrainableTernary(linear, weight, Tuning(cell=cell)).latent - linear.to_tensor().trits
+    away = TrainableTernary(linear, weight, Tuning(cell=cell)).latent.detach() - linear.to_tensor().trits
     assert float(away.abs().max()) == pytest.approx(cell)
 
 
