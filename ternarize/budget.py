@@ -70,8 +70,8 @@ def rank(
     """
     if missing := [name for name in names if not has_module(teacher, name)]:
         raise TernarizeError(
-            f"{missing[0]} is one of several fused experts, which cannot be ranked one by one. "
-            "Leave budget and --target-size out for this model."
+            f"{type(teacher).__name__} has no linear {missing[0]}: experts that are fused cannot be ranked one by one. "
+            "Leave out what ranks them: budget, --target-size or inspect --teacher."
         )
     device = next(teacher.parameters()).device
     ids = ids.to(device)

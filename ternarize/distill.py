@@ -147,7 +147,7 @@ def distill(
         student, teacher, _depths(settings, len(list(student.get_submodule(path).children()))), settings.off
     )
     held = [(window, lesson.reference(window, HELD_OUT_TOP)[0]) for window in measured.split(settings.batch)]
-    run = _Run.start(modules, settings, state, lambda: lesson.held_out(held))
+    run = _Run.start(modules, settings, lambda: lesson.held_out(held), state)
     order = _order(len(taught), batches * settings.batch * world, settings).to(device)
     steps = math.ceil(batches * settings.epochs)
     tokens_a_step = settings.batch * world * taught.shape[1]
@@ -169,10 +169,10 @@ def distill(
             run.seconds = time.monotonic() - started
             bar.update(1)
             if run.step % settings.check == 0:
-                run.check(lambda: lesson.held_out(held), tokens_a_step, state if rank == 0 else None)
+                run.check(tokens_a_step, state if rank == 0 else None)
                 run.seconds = time.monotonic() - started
     if run.step % settings.check:
-        run.check(lambda: lesson.held_out(held), tokens_a_step, None)
+        run.check(tokens_a_step, None)
     run.restore_best()
     for block in student.get_submodule(path).children():
         make_ternary(block)
@@ -252,9 +252,12 @@ class _Lesson:
 
 
 class _Run:
-    """What changes while a distillation runs, and its copy on disk."""
+    """What changes while a distillation runs, and its copy on disk; `measure` gives the held-out KL."""
 
-    def __init__(self, modules: dict[str, TrainableTernary], settings: Distillation) -> None:
+    def __init__(
+        self, modules: dict[str, TrainableTernary], settings: Distillation, measure: Callable[[], float]
+    ) -> None:
+        self.measure = measure
         self.learning = learning_parameters(modules)
         self.optimizer = make_optimizer(self.learning, settings)
         self.step = self.since_best = 0
@@ -265,20 +268,20 @@ class _Run:
 
     @classmethod
     def start(
-        cls, modules: dict[str, TrainableTernary], settings: Distillation, state: Path, measure: Callable[[], float]
+        cls, modules: dict[str, TrainableTernary], settings: Distillation, measure: Callable[[], float], state: Path
     ) -> _Run:
         """From the beginning, or from where `state` says that an earlier run stopped."""
-        run = cls(modules, settings)
+        run = cls(modules, settings, measure)
         if state.exists():
             run._read(state)
         else:
-            run.check(measure, 0, None)
+            run.check(0, None)
         return run
 
-    def check(self, measure: Callable[[], float], tokens_a_step: int, state: Path | None) -> None:
+    def check(self, tokens_a_step: int, state: Path | None) -> None:
         """Measure on held-out text, remember the best, and make the run durable in `state`."""
         started = time.monotonic()
-        kl = _agree(measure())
+        kl = _agree(self.measure())
         self.curve.append((self.step * tokens_a_step, kl))
         if kl < self.best:
             self.best, self.since_best = kl, 0

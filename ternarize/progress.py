@@ -110,10 +110,9 @@ def parse_duration(text: str) -> float:
     Raises:
         TernarizeError: it is no duration above 0.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise TernarizeError(f"time budget {text!r} is no duration above 0. Write it as 90s, 30m or 1h.")
-    return float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]
+    refusal = f"time budget {text!r} is no duration above 0. Write it as 90s, 30m or 1h."
+    number, unit = _quantity(text, "(s|m|h|)", refusal)
+    return number * {"s": 1, "": 1, "m": 60, "h": 3600}[unit]
 
 
 def parse_size(text: str) -> int:
@@ -122,10 +121,17 @@ def parse_size(text: str) -> int:
     Raises:
         TernarizeError: it is no size above 0.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?", text.strip())
+    refusal = f"target size {text!r} is no size above 0. Write it as 60MB or 1.2GB."
+    number, unit = _quantity(text, "([kKMGT]?)i?B?", refusal)
+    return int(number * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit])
+
+
+def _quantity(text: str, unit: str, refusal: str) -> tuple[float, str]:
+    """A number above 0 and its unit, which is the one group of the pattern `unit`; `refusal` says what is wrong."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*{unit}", text.strip())
     if found is None or float(found[1]) <= 0:
-        raise TernarizeError(f"target size {text!r} is no size above 0. Write it as 60MB or 1.2GB.")
-    return int(float(found[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
+        raise TernarizeError(refusal)
+    return float(found[1]), found[2]
 
 
 def size(count: float) -> str:

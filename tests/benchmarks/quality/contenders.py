@@ -138,7 +138,8 @@ def produce(contender: Contender, inputs: Inputs, out: Path, log: Path) -> tuple
         raise TernarizeError(f"peers/{script.name} does not exist. Write it as the docstring of contenders.py says.")
     python = environment(contender.tool, inputs.environments, log)
     settings = [f"--set={key}={value}" for key, value in contender.settings.items()]
-    _run([str(python), str(script), str(inputs.folder), str(inputs.calibration), str(out), *settings], log)
+    paths = [str(path.absolute()) for path in (python, script, inputs.folder, inputs.calibration, out)]
+    _run([*paths, *settings], log, folder=out.parent)  # some write logs where they are started
     result = json.loads((out / "result.json").read_text())
     if missing := [key for key in RESULT if key not in result]:
         raise TernarizeError(f"peers/{script.name} wrote a result.json without {', '.join(missing)}. Add them there.")
@@ -217,13 +218,13 @@ def environment(peer: str, folder: Path, log: Path) -> Path:
     return python
 
 
-def _run(command: list[str], log: Path, offline: bool = True) -> None:
-    """Run to the end, all output into `log`."""
+def _run(command: list[str], log: Path, offline: bool = True, folder: Path | None = None) -> None:
+    """Run to the end, in `folder` where one is given, all output into `log`."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} if offline else {}
     with log.open("a", encoding="utf-8") as file:
         print("$", " ".join(command), file=file, flush=True)
-        code = subprocess.run(command, stdout=file, stderr=file, env=os.environ | quiet, check=False).returncode
-    if code:
+        done = subprocess.run(command, stdout=file, stderr=file, env=os.environ | quiet, cwd=folder, check=False)
+    if done.returncode:
         text = log.read_text(encoding="utf-8", errors="replace")
         errors = re.findall(r"^(?:error: |[\w.]*(?:Error|Exception)\b).*", text, re.MULTILINE)
-        raise TernarizeError(f"exit code {code}: {(errors or text.strip().splitlines())[-1].strip()}")
+        raise TernarizeError(f"exit code {done.returncode}: {(errors or text.strip().splitlines())[-1].strip()}")

@@ -15,7 +15,7 @@ COLUMNS = {
     "bits a linear weight": lambda row, teacher: _number(bits(row), "{:.2f}"),
     "bits, whole file": lambda row, teacher: _number(8 * row["file_bytes"] / row["weights"], "{:.2f}"),
     "WikiText-2": lambda row, teacher: _perplexity(row["wiki"]["perplexity"]),
-    "C4": lambda row, teacher: _perplexity(row["c4"]["perplexity"]) if row["c4"] else "seen",
+    "C4": lambda row, teacher: _perplexity(row["c4"]["perplexity"]),
     "KL": lambda row, teacher: _number(row["wiki"]["kl"], "{:.3f}"),
     "same token": lambda row, teacher: _number(row["wiki"]["agreement"], "{:.1f} %", 0.01),
     "zero-shot": lambda row, teacher: _number(_zero_shot(row, "mean"), "{:.1f} %", 0.01),
