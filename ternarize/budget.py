@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from ternarize.architecture import linear_weight
 from ternarize.calibration import autocast
-from ternarize.distill import Reference
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import HELD_OUT_SEED, load_any
+from ternarize.lesson import Reference
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, ternary_bytes
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe

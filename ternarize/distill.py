@@ -1,20 +1,15 @@
 """End to end and brief: the whole student learns from the whole teacher, after every block was fitted.
 
-    loss = KL(teacher || student) of next-token distributions + off * mean over some depths of (1 - cosine of features)
-
-What learns is what `tuning` lets learn: codes, scales and shifts, in their stored form. Held-out KL decides: the best
-state is kept, the state before the first step included, and patience ends a run that no longer gains. A run that was
-stopped goes on from its last check. Under torchrun every process takes its share of the batches and gradients are
-averaged, so all hold the same student; the first one writes.
-
-Sources: TernaryLLM (arXiv 2406.07177) for OFF; Hinton et al. (arXiv 1503.02531) for distillation.
-
-Shapes: B windows, T tokens, V vocabulary, H hidden, K teacher logits kept for a token.
+What is taught is `lesson`'s business. What learns is what `tuning` lets learn: codes, scales and shifts, in their
+stored form. Held-out KL decides: the best state is kept, the state before the first step included, and patience ends a
+run that no longer gains. A run that was stopped goes on from its last check. Under torchrun every process takes its
+share of the batches and gradients are averaged, so all hold the same student; the first one writes.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,10 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import linear_weight, linears
-from ternarize.calibration import autocast
 from ternarize.checkpoint import write_tensors
 from ternarize.errors import TernarizeError
-from ternarize.progress import Progress
+from ternarize.lesson import Lesson, note_bytes
+from ternarize.progress import Progress, size
 from ternarize.recipe import Distillation
 from ternarize.tuning import (
     TrainableTernary,
@@ -39,7 +34,6 @@ from ternarize.tuning import (
     make_optimizer,
     make_ternary,
     make_trainable,
-    off_loss,
     restore,
     schedule,
     step_optimizer,
@@ -47,6 +41,7 @@ from ternarize.tuning import (
 
 HELD_OUT_WINDOWS = 16  # at most: every check measures them all
 HELD_OUT_TOP = 256  # teacher logits kept for a held-out token; the rest is one more outcome
+NOTES = "teacher"  # the folder of what the teacher said, beside the state
 
 
 @dataclass(frozen=True)
@@ -70,42 +65,6 @@ class Distilled:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The teacher's distribution for some tokens.
-
-    Args:
-        log_p: [N, V], or [N, K] of its likeliest tokens.
-        index: int64 [N, K], which those are; None for all.
-    """
-
-    log_p: Tensor
-    index: Tensor | None
-
-    @classmethod
-    def of(cls, logits: Tensor, top: int) -> Reference:
-        """From logits [..., V]; `top` is K, 0 for all."""
-        log_p = logits.flatten(0, -2).float().log_softmax(-1)
-        if not top or top >= log_p.shape[-1]:
-            return cls(log_p, None)
-        values, index = log_p.topk(top)
-        return cls(values, index)
-
-    def divergence(self, logits: Tensor) -> Tensor:
-        """Mean KL(teacher || student) per token, nats; tokens outside the likeliest K count as one outcome.
-
-        Args:
-            logits: the student's, [..., V].
-        """
-        log_q = logits.flatten(0, -2).float().log_softmax(-1)
-        if self.index is None:
-            return nn.functional.kl_div(log_q, self.log_p, reduction="batchmean", log_target=True)
-        log_q = log_q.gather(1, self.index)
-        rest_p, rest_q = (1 - part.exp().sum(1).clamp(max=1 - 1e-6) for part in (self.log_p, log_q))
-        inside = (self.log_p.exp() * (self.log_p - log_q)).sum(1)
-        return (inside + rest_p * (rest_p / rest_q).log()).mean()
 
 
 def distill(
@@ -143,10 +102,10 @@ def distill(
             f"of {world} processes. Raise distill.samples, or lower distill.batch."
         )
     modules = _make_learner(student, teacher, path, settings)
-    lesson = _Lesson(
-        student, teacher, _depths(settings, len(list(student.get_submodule(path).children()))), settings.off
-    )
-    held = [(window, lesson.reference(window, HELD_OUT_TOP)[0]) for window in measured.split(settings.batch)]
+    depths = _depths(settings, len(list(student.get_submodule(path).children())))
+    notes = _notes(settings, state, taught, len(depths) * student.config.get_text_config().hidden_size, progress)
+    lesson = Lesson(student, teacher, depths, settings.off, settings.top, notes)
+    held = [(windows, lesson.ask(windows, HELD_OUT_TOP)[0]) for windows in measured.split(settings.batch)]
     run = _Run.start(modules, settings, lambda: lesson.held_out(held), state)
     order = _order(len(taught), batches * settings.batch * world, settings).to(device)
     steps = math.ceil(batches * settings.epochs)
@@ -161,7 +120,8 @@ def distill(
             if share >= 1 or run.since_best >= settings.patience:
                 break
             first = (run.step * world + rank) * settings.batch
-            loss = lesson.loss(taught[order[first : first + settings.batch]])
+            numbers = order[first : first + settings.batch]
+            loss = lesson.loss(taught[numbers], numbers.tolist())
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             step_optimizer(run.optimizer, schedule(share))
@@ -179,6 +139,8 @@ def distill(
     together()
     if rank == 0:
         state.unlink(missing_ok=True)
+        if notes:
+            shutil.rmtree(notes)
     return Distilled(
         run.curve[0][1], run.best, run.step, run.step * tokens_a_step, time.monotonic() - started, run.curve
     )
@@ -204,51 +166,26 @@ def _depths(settings: Distillation, blocks: int) -> list[int]:
     return [round((d + 1) * blocks / settings.depths) for d in range(settings.depths)] if settings.off else []
 
 
+def _notes(settings: Distillation, state: Path, windows: Tensor, features: int, progress: Progress) -> Path | None:
+    """Where to keep what the teacher says: beside `state`, if text is seen again and the disk has room for it."""
+    if settings.epochs <= 1 or not settings.top:
+        return None
+    needed, free = note_bytes(windows.numel(), settings.top, features), shutil.disk_usage(state.parent).free
+    if needed > free:
+        progress.say(
+            f"the teacher is asked again in every epoch: its answers take {size(needed)}, {size(free)} are free."
+        )
+        return None
+    folder = state.with_name(NOTES)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def _order(windows: int, used: int, settings: Distillation) -> Tensor:
     """Which windows are learnt from, one after the other: `used` of them in each epoch, int64."""
     generator = torch.Generator().manual_seed(settings.seed)
     epochs = math.ceil(settings.epochs)
     return torch.cat([torch.randperm(windows, generator=generator)[:used] for _ in range(epochs)])
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """Student and teacher before the same windows, int64 [B, T] each.
-
-    Args:
-        depths: of the hidden states that OFF compares; off: its weight.
-    """
-
-    student: PreTrainedModel
-    teacher: PreTrainedModel
-    depths: list[int]
-    off: float
-
-    def reference(self, window: Tensor, top: int) -> tuple[Reference, list[Tensor]]:
-        """The teacher's distributions, K = top, and its features at each depth."""
-        with torch.no_grad(), autocast(window.device):
-            out = self.teacher(input_ids=window, use_cache=False, output_hidden_states=bool(self.depths))
-        return Reference.of(out.logits, top), [out.hidden_states[d] for d in self.depths]
-
-    def loss(self, window: Tensor) -> Tensor:
-        """What the student is to lower, with gradients."""
-        expected, features = self.reference(window, 0)
-        with torch.enable_grad(), autocast(window.device):
-            out = self.student(input_ids=window, use_cache=False, output_hidden_states=bool(self.depths))
-            loss = expected.divergence(out.logits)
-            for depth, feature in zip(self.depths, features, strict=True):
-                loss = loss + self.off / len(self.depths) * off_loss(out.hidden_states[depth], feature)
-        return loss
-
-    @torch.no_grad()
-    def held_out(self, held: list[tuple[Tensor, Reference]]) -> float:
-        """Mean KL over held-out windows, nats a token."""
-        total = 0.0
-        for window, expected in held:
-            with autocast(window.device):
-                kl = expected.divergence(self.student(input_ids=window, use_cache=False).logits)
-            total += float(kl) * len(window)
-        return total / sum(len(window) for window, _ in held)
 
 
 class _Run:

@@ -96,6 +96,8 @@ class Distillation(Learning):
         samples: windows of the calibration sources and length, drawn anew.
         batch: windows in a step, per process.
         depths: blocks, evenly spaced, whose features OFF compares.
+        top: the teacher's likeliest tokens that the loss looks at, the rest being one outcome; 0 is all. With it, what
+            the teacher says is kept on disk while there is more than one epoch, so that it is computed once.
         checkpointing: keep only each block's input for the backward pass, for a third more time and much less memory.
         check: steps from one held-out measurement to the next.
         patience: checks without a gain that end the run.
@@ -107,6 +109,7 @@ class Distillation(Learning):
     samples: int = 1024
     batch: int = 2
     depths: int = 3
+    top: int = 0
     checkpointing: bool = False
     check: int = 40
     patience: int = 4
@@ -185,6 +188,7 @@ class Recipe:
             _require(moves or not learning.epochs, f"{name}.codes", learning.codes, rule)
         for key in ("samples", "batch", "depths", "check", "patience"):
             _require(getattr(self.distill, key) >= 1, f"distill.{key}", getattr(self.distill, key), "at least 1")
+        _require(self.distill.top >= 0, "distill.top", self.distill.top, "at least 0 (all); 256 is usual")
         _require(self.int8_group_size >= 1, "int8_group_size", self.int8_group_size, "at least 1")
         if self.budget is not None:
             _require(1.6 < self.budget <= 4, "budget", self.budget, "above 1.6 (the trits alone), at most 4, or null")

@@ -115,6 +115,7 @@ def distill_again(
     for held in (checkpoint.folder, folder):
         work.refuse_inside(held)
     first = is_first()
+    together()  # all have looked at the output before the first writes there
     if first:
         work.open(arguments(checkpoint, recipe, device) | {"student": str(folder.resolve())})
         work.copy_final(folder)

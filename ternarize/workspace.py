@@ -8,6 +8,7 @@
       outside.safetensors      what lies outside the blocks
       block-00000.safetensors  one part per finished block; its .json is written after it and makes it count
       distill.safetensors      a distillation under way
+      teacher/                 what the teacher said, where a distillation sees its text again
       final/                   the finished folder, renamed to OUT
 
 A part is durable before the next is begun, so a run that is killed at any point loses one block's work at most.
@@ -252,7 +253,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a conversion may have put this into OUT.partial."""
     return (
         re.fullmatch(
-            r"((state|group_sizes|seconds)\.json|(calibration|distill|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced",
+            r"((state|group_sizes|seconds)\.json|(calibration|distill|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced|teacher",
             path.name,
         )
         is not None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from ternarize import Recipe, conversion
 from ternarize import distill as distillation
+from ternarize import lesson as lesson_module
 from ternarize.conversion import convert
-from ternarize.distill import Reference, distill
+from ternarize.distill import distill
 from ternarize.errors import StoppedError, TernarizeError
 from ternarize.evaluate import load_any
+from ternarize.lesson import Lesson, Reference, note_bytes
 from ternarize.progress import Progress
 from ternarize.recipe import Distillation
 from ternarize.refine import distill_again
@@ -103,12 +106,15 @@ def test_a_run_that_only_loses_leaves_the_student_as_it_was(ternary: Path, tmp_p
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("changes", [{}, {"top": 8, "off": 0.1}])
 def test_a_run_that_was_killed_goes_on_from_its_last_check(
-    ternary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ternary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    settings = Distillation(epochs=2, batch=2, check=4, rate=1e-2)
+    settings = Distillation(epochs=2, batch=2, check=4, rate=1e-2, **changes)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
     whole, teacher = models(ternary)
-    expected = distill(whole, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "a", QUIET)
+    expected = distill(whole, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "a" / "state", QUIET)
 
     taken = 0
 
@@ -124,12 +130,58 @@ def test_a_run_that_was_killed_goes_on_from_its_last_check(
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "step_optimizer", step)
         with pytest.raises(Killed):
-            distill(cut, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "b", QUIET)
+            distill(cut, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "b" / "state", QUIET)
     again, teacher = models(ternary)
-    done = distill(again, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "b", QUIET)
+    done = distill(again, teacher, "model.layers", ids(), settings, 0.125, tmp_path / "b" / "state", QUIET)
     assert done.curve == expected.curve
     state, reference = again.state_dict(), whole.state_dict()
     assert all(torch.equal(state[name], reference[name]) for name in reference)
+
+
+class Asked(Exception):
+    """The teacher was asked when its answer should have been noted."""
+
+
+def test_what_the_teacher_says_is_noted_once_and_read_again(ternary: Path, tmp_path: Path) -> None:
+    student, teacher = models(ternary)
+    windows = ids(4)
+    plain = Lesson(student, teacher, [1, 2], 0.1, top=16)
+    noting = replace(plain, notes=tmp_path)
+
+    def loss(lesson: Lesson, *order: int) -> float:
+        return lesson.loss(windows[list(order)], list(order)).item()
+
+    assert loss(noting, 3, 1, 0, 2) == pytest.approx(loss(plain, 3, 1, 0, 2), rel=2e-3)  # 16 bits
+    headers = sum(file.stat().st_size for file in tmp_path.iterdir()) - note_bytes(windows.numel(), 16, 2 * 32)
+    assert 0 < headers < 4 * 400
+
+    def refuse(**_: Any) -> None:
+        raise Asked
+
+    silent = replace(noting, teacher=cast(Any, refuse))
+    assert loss(silent, 2, 0, 1, 3) == loss(noting, 2, 0, 1, 3)
+    assert loss(silent, 1) == pytest.approx(loss(plain, 1), rel=2e-3)
+    with pytest.raises(Asked):
+        silent.loss(windows[:1], [7])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "top", "free", "noted"), [(2, 8, 1e12, 22), (1, 8, 1e12, 0), (2, 0, 1e12, 0), (2, 8, 1e3, 0)]
+)
+def test_notes_are_kept_where_they_spare_something_and_fit(
+    ternary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: float, top: int, free: float, noted: int
+) -> None:
+    student, teacher = models(ternary)
+    settings = Distillation(epochs=epochs, batch=2, check=4, top=top, off=0.1)
+    written: list[Path] = []
+    original = lesson_module.write_tensors
+    monkeypatch.setattr(lesson_module, "write_tensors", lambda path, t: (written.append(path), original(path, t)))
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(free))
+    monkeypatch.setattr(distillation.shutil, "disk_usage", lambda _: usage)
+    done = distill(student, teacher, "model.layers", ids(), settings, 0.0625, tmp_path / "state", QUIET)
+    assert done.steps == 11 * epochs
+    assert len(written) == len(set(written)) == noted  # each window once, in two epochs of another order
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
 def test_a_time_budget_ends_the_run(ternary: Path, tmp_path: Path) -> None:

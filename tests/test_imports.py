@@ -39,6 +39,7 @@ ORDER = (
     "text",
     "calibration",
     "tuning",
+    "lesson",
     "distill",
     "plan",
     "block",

@@ -236,6 +236,7 @@ BAD: dict[str, list[Any]] = {
     "distill.samples": [0, None, *WHOLE],
     "distill.batch": [0, None, *WHOLE],
     "distill.depths": [0, None, *WHOLE],
+    "distill.top": [-1, None, *WHOLE],
     "distill.checkpointing": FLAG,
     "distill.check": [0, None, *WHOLE],
     "distill.patience": [0, None, *WHOLE],
