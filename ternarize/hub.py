@@ -36,7 +36,7 @@ Every weight of the {count} linears inside its decoder layers is `scale * trit +
 
 {quality}
 
-Relative error of the linears' outputs on the calibration text: {error:.3f} (mean by weights);
+Relative error of the linears' outputs on the calibration text: {error:.3f} (mean by weights{distilled});
 each one stands in `report.json`.
 
 ## Load
@@ -118,6 +118,7 @@ def model_card(report: Report, recipe: str, evaluation: list[dict[str, Any]] | N
         int8=", ".join(f"`{n}`" for n in report.int8) or "nothing",
         quality=quality_table(evaluation) if evaluation else NOT_MEASURED,
         error=report.mean_error,
+        distilled=", before the distillation" if "distill" in report.run else "",
         command_source=report.source + (f" --revision {report.revision}" if report.revision else ""),
         recipe=recipe.strip(),
     )

@@ -27,7 +27,8 @@ class LinearReport:
         name: full name in the model.
         shape: (O, I).
         zero_share: share of trits that are 0.
-        error: ||X^ What' - X W'||^2 / ||X W'||^2 on the calibration tokens; of the weights alone where data_free.
+        error: ||X^ What' - X W'||^2 / ||X W'||^2 on the calibration tokens; of the weights alone where data_free. A
+            distillation, which comes later, changes it; it is not measured again.
         bits: stored bits per weight, scale and shift counted.
         tokens: calibration tokens that it saw.
         data_free: fitted without statistics, because it saw too few tokens (an expert) or the recipe uses none.

@@ -212,6 +212,8 @@ def test_a_conversion_that_ends_with_distillation(llama: Path, best: Recipe, tmp
     report = convert(llama, tmp_path / "best", best, progress=QUIET)
     without = convert(llama, tmp_path / "tuned", replace(best, distill=Distillation()), progress=QUIET)
     assert len(report.run["tune"]) == 2
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("best", "tuned")]
+    assert ["before the distillation" in card for card in cards] == [True, False]
     assert report.run["distill"]["after"] < report.run["distill"]["before"]
     assert report.output_bytes == without.output_bytes
     changed = read_tensors(tmp_path / "best")

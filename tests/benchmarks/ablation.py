@@ -35,6 +35,7 @@ from ternarize.sources import resolve
 from ternarize.text import calibration_windows, evaluation_windows, load_tokenizer, read_whole
 
 
+@torch.no_grad()
 def convert_first(teacher: PreTrainedModel, recipe: Recipe, ids: Tensor, count: int) -> tuple[PreTrainedModel, float]:
     """A copy of the teacher whose first `count` blocks are ternary, and its bits per ternary weight.
 
