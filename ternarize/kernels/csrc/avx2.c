@@ -49,7 +49,13 @@ static inline float half_scalar(const uint8_t *half) {
     return _cvtsh_ss(bits);
 }
 
-static inline codes unpack(const uint8_t *bytes) {
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return *sums;
+}
+
+static inline codes unpack(const uint8_t *bytes, int chains) {
+    (void)chains;
     const __m256i mask = _mm256_set1_epi8(3);
     const __m256i low = _mm256_loadu_si256((const __m256i *)bytes);
     const __m256i high = _mm256_loadu_si256((const __m256i *)(bytes + 32));
@@ -106,20 +112,25 @@ static inline fvec fma_quad(fvec sum, quad q, const float *x) {
     return sum;
 }
 
+typedef ivec int8s;
+static inline int8s load_int8(const int8_t *weights) {
+    return (int8s){_mm256_loadu_si256((const __m256i *)weights), _mm256_loadu_si256((const __m256i *)(weights + 32))};
+}
 /* vpmaddubsw wants one side unsigned: |w|, and x with w's sign; 2 * 127 * 127 still fits 16 bits. */
-static inline __m256i dot_32(const int8_t *weights, const int8_t *x) {
-    const __m256i w = _mm256_loadu_si256((const __m256i *)weights), a = _mm256_loadu_si256((const __m256i *)x);
+static inline __m256i dot_32(__m256i w, const int8_t *x) {
+    const __m256i a = _mm256_loadu_si256((const __m256i *)x);
     return widen(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
 }
+static inline ivec dot_int8(int8s w, const int8_t *x) { return (ivec){dot_32(w.low, x), dot_32(w.high, x + 32)}; }
 
-static inline ivec dot_int8(const int8_t *weights, const int8_t *x) {
-    return (ivec){dot_32(weights, x), dot_32(weights + 32, x + 32)};
-}
-
-static inline fvec fma_int8(fvec sum, const int8_t *weights, const float *x) {
-    const __m128i w = _mm_loadu_si128((const __m128i *)weights);
-    const fvec wide = f_from((ivec){_mm256_cvtepi8_epi32(w), _mm256_cvtepi8_epi32(_mm_srli_si128(w, 8))});
-    return f_fma(wide, (fvec){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}, sum);
+static inline fvec fma_int8(const int8_t *weights, const float *x) {
+    fvec sum = f_set(0);
+    _Pragma("GCC unroll 4") for (int i = 0; i < INT8_PIECE; i += ROWS) {
+        const __m128i w = _mm_loadu_si128((const __m128i *)(weights + i));
+        const ivec wide = {_mm256_cvtepi8_epi32(w), _mm256_cvtepi8_epi32(_mm_srli_si128(w, 8))};
+        sum = f_fma(f_from(wide), (fvec){_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8)}, sum);
+    }
+    return sum;
 }
 
 #include "tile.h"

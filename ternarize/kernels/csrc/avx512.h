@@ -10,7 +10,8 @@ typedef struct {
     quad field[FIELDS];
 } codes;
 
-/* vpdpbusd takes four cycles or more: with few tokens, as many sums as fields. */
+/* vpdpbusd takes four cycles or more, so that few tokens need several sums. With four, field f stays where it is in
+ * its byte, 4^f times as large, and its sum is divided: exact, and three shifts fewer a vector. */
 #define CHAINS(tokens) ((tokens) <= 4 ? 4 : 1)
 
 static inline ivec i_set(int32_t value) { return _mm512_set1_epi32(value); }
@@ -38,6 +39,17 @@ static inline ivec four(const int8_t *x) {
 
 static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) { return _mm512_dpbusd_epi32(sum, q, four(x)); }
 
+static inline __m512i field(__m512i all, int f, int chains) {
+    if (chains == 4) return _mm512_and_si512(all, _mm512_set1_epi8((char)(3 << 2 * f)));
+    return _mm512_and_si512(_mm512_srli_epi16(all, 2 * f), _mm512_set1_epi8(3));
+}
+
+static inline ivec join(const ivec *sums, int chains) {
+    ivec sum = sums[0];
+    for (int c = 1; c < chains; c++) sum = i_add(sum, _mm512_srai_epi32(sums[c], 2 * c));
+    return sum;
+}
+
 static inline __attribute__((always_inline)) void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
     _Pragma("GCC unroll 5") for (int f = 0; f < FIELDS; f++)
         sums[f % chains] = dot_quad(sums[f % chains], c->field[f], x + QUAD * f);
@@ -60,13 +72,24 @@ static inline fvec fma_quad(fvec sum, quad q, const float *x) {
 }
 
 /* vpdpbusd wants one side unsigned: |w|, and x with w's sign. */
-static inline ivec dot_int8(const int8_t *weights, const int8_t *x) {
-    const __m512i w = _mm512_loadu_si512(weights), a = _mm512_loadu_si512(x);
-    const __m512i signed_x = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(w), _mm512_setzero_si512(), a);
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_abs_epi8(w), signed_x);
+typedef struct {
+    __m512i size;
+    __mmask64 negative;
+} int8s;
+static inline int8s load_int8(const int8_t *weights) {
+    const __m512i w = _mm512_loadu_si512(weights);
+    return (int8s){_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
+}
+static inline ivec dot_int8(int8s w, const int8_t *x) {
+    const __m512i a = _mm512_loadu_si512(x), zero = _mm512_setzero_si512();
+    return _mm512_dpbusd_epi32(zero, w.size, _mm512_mask_sub_epi8(a, w.negative, zero, a));
 }
 
-static inline fvec fma_int8(fvec sum, const int8_t *weights, const float *x) {
-    const __m512i w = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)weights));
-    return f_fma(_mm512_cvtepi32_ps(w), _mm512_loadu_ps(x), sum);
+static inline fvec fma_int8(const int8_t *weights, const float *x) {
+    fvec sum = f_set(0);
+    _Pragma("GCC unroll 4") for (int i = 0; i < INT8_PIECE; i += ROWS) {
+        const __m512i w = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(weights + i)));
+        sum = f_fma(f_from(w), _mm512_loadu_ps(x + i), sum);
+    }
+    return sum;
 }

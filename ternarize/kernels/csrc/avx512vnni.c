@@ -2,14 +2,9 @@
 #define FIELDS 4
 #include "avx512.h"
 
-static inline codes unpack(const uint8_t *bytes) {
-    const __m512i all = _mm512_loadu_si512(bytes), mask = _mm512_set1_epi8(3);
-    return (codes){{
-        _mm512_and_si512(all, mask),
-        _mm512_and_si512(_mm512_srli_epi16(all, 2), mask),
-        _mm512_and_si512(_mm512_srli_epi16(all, 4), mask),
-        _mm512_and_si512(_mm512_srli_epi16(all, 6), mask),
-    }};
+static inline codes unpack(const uint8_t *bytes, int chains) {
+    const __m512i all = _mm512_loadu_si512(bytes);
+    return (codes){{field(all, 0, chains), field(all, 1, chains), field(all, 2, chains), field(all, 3, chains)}};
 }
 
 #include "tile.h"

@@ -34,21 +34,21 @@ int tz_path_supported(int path) {
 
 /* -- shapes ------------------------------------------------------------------------------------------------------ */
 
-static void cut_into_pieces(tz_shape *s, int64_t group, int64_t width) {
+static void cut_into_pieces(tz_shape *s, int64_t group, int64_t most, int64_t width) {
     tz_piece *piece = s->piece;
     for (int64_t g = 0; g < s->groups; g++) {
         const int64_t end = (g + 1) * group < s->columns ? (g + 1) * group : s->columns;
-        for (int64_t start = g * group; start < end; start += PIECE, piece++) {
-            const int columns = (int)(end - start < PIECE ? end - start : PIECE);
+        for (int64_t start = g * group; start < end; start += most, piece++) {
+            const int columns = (int)(end - start < most ? end - start : most);
             const int vectors = columns / (int)width, left = columns - vectors * (int)width;
-            *piece = (tz_piece){start, g, columns, vectors, (int)divide_up(left, QUAD)};
+            *piece = (tz_piece){start, g, columns, vectors, (int)divide_up(left, QUAD), 0};
         }
     }
 }
 
-static tz_shape *make_shape(int path, int64_t rows, int64_t columns, int64_t group, int64_t width, int64_t filling) {
+static tz_shape *make_shape(int path, int64_t rows, int64_t columns, int64_t group, int64_t most, int64_t width) {
     const int64_t groups = divide_up(columns, group), last = columns - (groups - 1) * group;
-    const int64_t pieces = (groups - 1) * divide_up(group, PIECE) + divide_up(last, PIECE);
+    const int64_t pieces = (groups - 1) * divide_up(group, most) + divide_up(last, most);
     tz_shape *s = calloc(1, sizeof *s + (size_t)pieces * sizeof(tz_piece));
     if (!s) return NULL;
     s->path = path;
@@ -57,32 +57,29 @@ static tz_shape *make_shape(int path, int64_t rows, int64_t columns, int64_t gro
     s->groups = groups;
     s->pieces = pieces;
     s->width = width;
-    s->stride = round_up(group < PIECE ? group : PIECE, filling);
-    cut_into_pieces(s, group, width);
+    s->stride = round_up(group < most ? group : most, QUAD);
+    cut_into_pieces(s, group, most, width);
     return s;
 }
 
 tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t group, int has_shift) {
     const int64_t width = PATHS[path]->five_a_byte ? 5 * QUAD : 4 * QUAD;
-    tz_shape *s = make_shape(path, rows, columns, group, width, QUAD);
+    tz_shape *s = make_shape(path, rows, columns, group, PIECE, width);
     if (!s) return NULL;
-    int64_t vectors = 0, tails = 0;
-    for (int64_t p = 0; p < s->pieces; p++) {
-        vectors += s->piece[p].vectors;
-        tails += s->piece[p].tails;
-    }
-    const int64_t levels = s->pieces * ROWS * HALF_BYTES;
     s->has_shift = has_shift;
-    s->tail_offset = vectors * VECTOR_BYTES;
-    s->scale_offset = s->tail_offset + tails * TAIL_BYTES;
-    s->shift_offset = s->scale_offset + levels;
-    s->block_bytes = round_up(s->shift_offset + (has_shift ? levels : 0), VECTOR_BYTES);
+    for (int64_t p = 0; p < s->pieces; p++) {
+        tz_piece *piece = &s->piece[p];
+        piece->bytes = piece->vectors * VECTOR_BYTES + piece->tails * TAIL_BYTES + (has_shift ? 2 : 1) * LEVEL_BYTES;
+        s->block_bytes += piece->bytes;
+    }
     return s;
 }
 
 tz_shape *tz_int8_shape(int path, int64_t rows, int64_t columns, int64_t group) {
-    tz_shape *s = make_shape(path, rows, columns, group, VECTOR_BYTES, VECTOR_BYTES);
-    if (s) s->record_bytes = columns + s->groups * HALF_BYTES;
+    tz_shape *s = make_shape(path, rows, columns, group, INT8_PIECE, INT8_PIECE);
+    if (!s) return NULL;
+    s->record_bytes = columns + s->groups * HALF_BYTES;
+    s->stride = INT8_PIECE;
     return s;
 }
 
@@ -117,12 +114,12 @@ static void multiply(void *context, int64_t first, int64_t last) {
         const int64_t row = block * ROWS;
         const int rows = (int)(s->rows - row < ROWS ? s->rows - row : ROWS);
         for (int64_t token = 0; token < p->tokens.count; token += TILE) {
-            const int count = (int)(p->tokens.count - token < TILE ? p->tokens.count - token : TILE);
+            const int count = tz_tile(&p->tokens, token);
             float tile[TILE * ROWS];
             if (s->record_bytes)
-                p->kernels->int8(s, p->weights + row * s->record_bytes, rows, &p->tokens, token, count, tile);
+                p->kernels->int8(s, p->weights + row * s->record_bytes, rows, &p->tokens, token, tile);
             else
-                p->kernels->ternary(s, p->weights + block * s->block_bytes, &p->tokens, token, count, tile);
+                p->kernels->ternary(s, p->weights + block * s->block_bytes, &p->tokens, token, tile);
             p->kernels->store(tile, p->bias ? p->bias + row : NULL, rows, count, s->rows,
                               p->y + (token * s->rows + row) * size, p->dtype);
         }

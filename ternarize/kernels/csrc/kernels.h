@@ -4,8 +4,6 @@
 #include "layout.h"
 #include "ternarize.h"
 
-enum { TILE = 8 };            /* tokens of one call of a kernel, at most */
-
 typedef struct {
     const char *name;
     int five_a_byte;
@@ -13,12 +11,11 @@ typedef struct {
     /* x, `dtype` [.., columns], tokens first .. last -> tokens. */
     void (*prepare)(const tz_shape *, const void *x, int dtype, tz_tokens *, int64_t first, int64_t last);
 
-    /* One block of rows and `count` tokens from `first` on -> y [count][16]. */
-    void (*ternary)(const tz_shape *, const uint8_t *block, const tz_tokens *, int64_t first, int count, float *y);
+    /* One block of rows and the tile of tokens that begins with `first` -> y [count][16]. */
+    void (*ternary)(const tz_shape *, const uint8_t *block, const tz_tokens *, int64_t first, float *y);
 
-    /* Up to 16 rows of an int8 table and `count` tokens -> y [count][16]. */
-    void (*int8)(const tz_shape *, const uint8_t *records, int rows, const tz_tokens *, int64_t first, int count,
-                 float *y);
+    /* The same with up to 16 rows of an int8 table. */
+    void (*int8)(const tz_shape *, const uint8_t *records, int rows, const tz_tokens *, int64_t first, float *y);
 
     /* y [count][16], of which `rows` count -> out [.., O] in `dtype`. */
     void (*store)(const float *y, const float *bias, int rows, int count, int64_t out_stride, void *out, int dtype);

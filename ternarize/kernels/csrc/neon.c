@@ -57,7 +57,13 @@ static inline fvec f_halves(const uint8_t *halves) {
 
 static inline int8x16_t two_bits(uint8x16_t bytes) { return vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(3))); }
 
-static inline codes unpack(const uint8_t *bytes) {
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return *sums;
+}
+
+static inline codes unpack(const uint8_t *bytes, int chains) {
+    (void)chains;
     codes out;
     EACH {
         const uint8x16_t all = vld1q_u8(bytes + 16 * i);
@@ -99,18 +105,23 @@ static inline fvec fma_quad(fvec sum, quad q, const float *x) {
     return sum;
 }
 
-static inline ivec dot_int8(const int8_t *weights, const int8_t *x) {
+typedef int8x16x4_t int8s;
+static inline int8s load_int8(const int8_t *weights) { return vld1q_s8_x4(weights); }
+static inline ivec dot_int8(int8s w, const int8_t *x) {
     ivec sum = i_set(0);
-    EACH sum.val[i] = vdotq_s32(sum.val[i], vld1q_s8(weights + 16 * i), vld1q_s8(x + 16 * i));
+    EACH sum.val[i] = vdotq_s32(sum.val[i], w.val[i], vld1q_s8(x + 16 * i));
     return sum;
 }
 
-static inline fvec fma_int8(fvec sum, const int8_t *weights, const float *x) {
-    const int8x16_t w = vld1q_s8(weights);
-    const int16x8_t low = vmovl_s8(vget_low_s8(w)), high = vmovl_s8(vget_high_s8(w));
-    const int32x4_t wide[4] = {vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
-                               vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))};
-    EACH sum.val[i] = vfmaq_f32(sum.val[i], vcvtq_f32_s32(wide[i]), vld1q_f32(x + 4 * i));
+static inline fvec fma_int8(const int8_t *weights, const float *x) {
+    fvec sum = f_set(0);
+    EACH {
+        const int8x16_t w = vld1q_s8(weights + 16 * i);
+        const int16x8_t low = vmovl_s8(vget_low_s8(w)), high = vmovl_s8(vget_high_s8(w));
+        const ivec wide = {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
+                            vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))}};
+        sum = f_fma(f_from(wide), vld1q_f32_x4(x + 16 * i), sum);
+    }
     return sum;
 }
 

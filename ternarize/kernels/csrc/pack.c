@@ -44,9 +44,8 @@ static void pack_piece(const tz_piece *piece, int fields, int row, const uint8_t
     }
 }
 
-static void pack_levels(const tz_shape *s, int64_t row, const uint16_t *levels, uint8_t *out) {
-    for (int64_t p = 0; p < s->pieces; p++)
-        memcpy(out + (p * ROWS + row % ROWS) * HALF_BYTES, levels + row * s->groups + s->piece[p].group, HALF_BYTES);
+static void pack_level(const tz_shape *s, int64_t row, int64_t group, const uint16_t *levels, uint8_t *out) {
+    memcpy(out + row % ROWS * HALF_BYTES, levels + row * s->groups + group, HALF_BYTES);
 }
 
 /* The codes of a piece, from the bytes that it shares with its neighbours. */
@@ -57,19 +56,18 @@ static const uint8_t *read_codes(const packing *job, int64_t row, const tz_piece
     return room + piece->start % PER_BYTE;
 }
 
-static void pack_row(const packing *job, int64_t row, uint8_t *block) {
+static void pack_row(const packing *job, int64_t row, uint8_t *out) {
     const tz_shape *s = job->shape;
-    uint8_t *vector = block, *tail = block + s->tail_offset;
     for (int64_t p = 0; p < s->pieces; p++) {
         const tz_piece *piece = &s->piece[p];
         uint8_t room[PIECE + 2 * PER_BYTE];
         const uint8_t *codes = read_codes(job, row, piece, room);
-        pack_piece(piece, (int)(s->width / QUAD), (int)(row % ROWS), codes, vector, tail);
-        vector += piece->vectors * VECTOR_BYTES;
-        tail += piece->tails * TAIL_BYTES;
+        uint8_t *tail = out + piece->vectors * VECTOR_BYTES, *scale = tail + piece->tails * TAIL_BYTES;
+        pack_piece(piece, (int)(s->width / QUAD), (int)(row % ROWS), codes, out, tail);
+        pack_level(s, row, piece->group, job->scale, scale);
+        if (s->has_shift) pack_level(s, row, piece->group, job->shift, scale + LEVEL_BYTES);
+        out += piece->bytes;
     }
-    pack_levels(s, row, job->scale, block + s->scale_offset);
-    if (s->has_shift) pack_levels(s, row, job->shift, block + s->shift_offset);
 }
 
 static void pack_blocks(void *context, int64_t first, int64_t last) {

@@ -17,6 +17,7 @@ typedef struct {
 } codes;
 
 #define CHAINS(tokens) 1
+#define ANY_COUNT
 #define EACH_LANE for (int i = 0; i < ROWS; i++)
 
 static inline ivec i_set(int32_t value) {
@@ -63,7 +64,13 @@ static inline fvec f_halves(const uint8_t *halves) {
     return out;
 }
 
-static inline codes unpack(const uint8_t *bytes) {
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return *sums;
+}
+
+static inline codes unpack(const uint8_t *bytes, int chains) {
+    (void)chains;
     codes out;
     for (int f = 0; f < FIELDS; f++)
         for (int i = 0; i < VECTOR_BYTES; i++) out.field[f].byte[i] = bytes[i] >> 2 * f & 3;
@@ -91,15 +98,17 @@ static inline fvec fma_quad(fvec sum, quad q, const float *x) {
     return sum;
 }
 
-static inline ivec dot_int8(const int8_t *weights, const int8_t *x) {
+typedef const int8_t *int8s;
+static inline int8s load_int8(const int8_t *weights) { return weights; }
+static inline ivec dot_int8(int8s w, const int8_t *x) {
     ivec sum = i_set(0);
-    for (int j = 0; j < VECTOR_BYTES; j += ROWS)
-        EACH_LANE sum.lane[i] += weights[j + i] * x[j + i];
+    for (int j = 0; j < INT8_PIECE; j += ROWS) EACH_LANE sum.lane[i] += w[j + i] * x[j + i];
     return sum;
 }
 
-static inline fvec fma_int8(fvec sum, const int8_t *weights, const float *x) {
-    EACH_LANE sum.lane[i] += (float)weights[i] * x[i];
+static inline fvec fma_int8(const int8_t *weights, const float *x) {
+    fvec sum = f_set(0);
+    for (int j = 0; j < INT8_PIECE; j += ROWS) EACH_LANE sum.lane[i] += (float)weights[j + i] * x[j + i];
     return sum;
 }
 

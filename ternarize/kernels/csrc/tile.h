@@ -3,22 +3,29 @@
  *   ivec, fvec                  16 lanes of int32 and of float
  *   quad                        64 bytes: 4 columns of 16 rows, one code 0..2 a byte
  *   codes                       the FIELDS quads of one vector
- *   CHAINS(tokens)              sums kept apart where one chain of additions would have to wait for itself
- *   unpack(bytes)               64 bytes -> codes
+ *   CHAINS(tokens)              into how many sums a path adds, where one would have to wait for itself
+ *   unpack(bytes, chains)       64 bytes -> codes; with several chains a path may leave them multiplied by
+ *   join(sums, chains)          ... what this divides by: one sum of several
  *   unpack_tail(bytes)          16 bytes -> quad
  *   dot_codes(sums, chains, codes *, x)    add the products with 4 FIELDS int8 activations
  *   dot_quad(sum, quad, x)                 ... with 4
  *   fma_quad(sum, quad, x)                 ... of trits with 4 floats
- *   dot_int8(weights, x)        64 int8 products, summed in any way into 16 lanes
- *   fma_int8(sum, weights, x)   16 products of int8 weights and float activations, one a lane
+ *   int8s, load_int8(weights)   64 int8 weights
+ *   dot_int8(int8s, x)          64 products with int8 activations, summed in any way into 16 lanes
+ *   fma_int8(weights, x)        64 products with float activations, likewise
  *   half_scalar, and i_/f_ functions whose names say what they do
  */
 #include "floats.h"
 #include "kernels.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#if defined(ANY_COUNT)
+#define UNROLL
+#else
 #define UNROLL _Pragma("GCC unroll 8")
-#define LANES 16
+#endif
+
+enum { LANES = 16, CACHE_LINE = 64, AHEAD = 2048 };
 
 /* -- activations ------------------------------------------------------------------------------------------------ */
 
@@ -70,8 +77,9 @@ static void prepare(const tz_shape *s, const void *x, int dtype, tz_tokens *t, i
     const int64_t size = dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
     for (int64_t token = first; token < last; token++) {
         const void *row = (const char *)x + token * s->columns * size;
+        const int64_t begin = token / TILE * TILE;
         for (int64_t p = 0; p < s->pieces; p++) {
-            const int64_t at = token * s->pieces + p;
+            const int64_t at = tz_place(s, begin, tz_tile(t, begin), p) + token - begin;
             float values[PIECE] = {0};
             read_activations(row, dtype, s->piece[p].start, s->piece[p].columns, values);
             t->sum[at] = sum_of(values);
@@ -88,71 +96,80 @@ static void prepare(const tz_shape *s, const void *x, int dtype, tz_tokens *t, i
 
 /* -- ternary weights -------------------------------------------------------------------------------------------- */
 
-static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const uint8_t *block, const tz_tokens *t,
+/* A matrix is read once, in order, from memory: ask for what comes next, also across blocks. */
+static ALWAYS_INLINE void prefetch(const uint8_t *w, int bytes) {
+    for (int b = 0; b < bytes; b += CACHE_LINE) __builtin_prefetch(w + AHEAD + b);
+}
+
+static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
                                        int64_t first, float *y) {
     const int chains = CHAINS(count);
-    const uint8_t *vector = block, *tail = block + s->tail_offset;
-    const int64_t pieces = s->pieces, stride = s->stride;
-    const int8_t *x = t->codes + first * pieces * stride;
+    const int64_t stride = s->stride;
     fvec out[TILE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
-    for (int64_t p = 0; p < pieces; p++, x += stride) {
-        const int8_t *at = x;
+    for (int64_t p = 0; p < s->pieces; p++) {
+        const int64_t at = tz_place(s, first, count, p);
+        const int8_t *x = t->codes + at * stride;
+        prefetch(w, s->piece[p].bytes);
         ivec dot[TILE][4];
         UNROLL for (int m = 0; m < count; m++) {
-            dot[m][0] = i_set(t->minus_sum[(first + m) * pieces + p]);        /* codes are trits + 1 */
+            dot[m][0] = i_set(t->minus_sum[at + m]);        /* codes are trits + 1 */
             UNROLL for (int c = 1; c < chains; c++) dot[m][c] = i_set(0);
         }
-        for (int v = s->piece[p].vectors; v > 0; v--, vector += VECTOR_BYTES, at += QUAD * FIELDS) {
-            const codes c = unpack(vector);
-            UNROLL for (int m = 0; m < count; m++) dot_codes(dot[m], chains, &c, at + m * pieces * stride);
+        for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES, x += QUAD * FIELDS) {
+            const codes c = unpack(w, chains);
+            UNROLL for (int m = 0; m < count; m++) dot_codes(dot[m], chains, &c, x + m * stride);
         }
-        for (int v = s->piece[p].tails; v > 0; v--, tail += TAIL_BYTES, at += QUAD) {
-            const quad q = unpack_tail(tail);
-            UNROLL for (int m = 0; m < count; m++) dot[m][0] = dot_quad(dot[m][0], q, at + m * pieces * stride);
+        for (int v = s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
+            const quad q = unpack_tail(w);
+            UNROLL for (int m = 0; m < count; m++) dot[m][0] = dot_quad(dot[m][0], q, x + m * stride);
         }
-        const fvec scale = f_halves(block + s->scale_offset + p * ROWS * HALF_BYTES);
+        const fvec scale = f_halves(w);
+        w += LEVEL_BYTES;
         UNROLL for (int m = 0; m < count; m++) {
-            UNROLL for (int c = 1; c < chains; c++) dot[m][0] = i_add(dot[m][0], dot[m][c]);
-            const fvec sum = f_mul(f_from(dot[m][0]), f_set(t->scale[(first + m) * pieces + p]));
+            const ivec whole = join(dot[m], chains);
+            const fvec sum = f_mul(f_from(whole), f_set(t->scale[at + m]));
             out[m] = f_fma(scale, sum, out[m]);
         }
         if (s->has_shift) {
-            const fvec shift = f_halves(block + s->shift_offset + p * ROWS * HALF_BYTES);
+            const fvec shift = f_halves(w);
+            w += LEVEL_BYTES;
             UNROLL for (int m = 0; m < count; m++)
-                out[m] = f_fma(shift, f_set(t->sum[(first + m) * pieces + p]), out[m]);
+                out[m] = f_fma(shift, f_set(t->sum[at + m]), out[m]);
         }
     }
     UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
 }
 
-static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, const uint8_t *block, const tz_tokens *t,
+static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
                                         int64_t first, float *y) {
-    const uint8_t *vector = block, *tail = block + s->tail_offset;
-    const int64_t pieces = s->pieces, stride = s->stride;
-    const float *x = t->values + first * pieces * stride;
+    const int64_t stride = s->stride;
     fvec out[TILE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
-    for (int64_t p = 0; p < pieces; p++, x += stride) {
-        const float *at = x;
+    for (int64_t p = 0; p < s->pieces; p++) {
+        const int64_t at = tz_place(s, first, count, p);
+        const float *x = t->values + at * stride;
+        prefetch(w, s->piece[p].bytes);
         fvec sum[TILE];
         UNROLL for (int m = 0; m < count; m++) sum[m] = f_set(0);
-        for (int v = s->piece[p].vectors; v > 0; v--, vector += VECTOR_BYTES) {
-            const codes c = unpack(vector);
-            UNROLL for (int f = 0; f < FIELDS; f++, at += QUAD)
+        for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
+            const codes c = unpack(w, 1);
+            UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD)
                 UNROLL for (int m = 0; m < count; m++)
-                    sum[m] = fma_quad(sum[m], c.field[f], at + m * pieces * stride);
+                    sum[m] = fma_quad(sum[m], c.field[f], x + m * stride);
         }
-        for (int v = s->piece[p].tails; v > 0; v--, tail += TAIL_BYTES, at += QUAD) {
-            const quad q = unpack_tail(tail);
-            UNROLL for (int m = 0; m < count; m++) sum[m] = fma_quad(sum[m], q, at + m * pieces * stride);
+        for (int v = s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
+            const quad q = unpack_tail(w);
+            UNROLL for (int m = 0; m < count; m++) sum[m] = fma_quad(sum[m], q, x + m * stride);
         }
-        const fvec scale = f_halves(block + s->scale_offset + p * ROWS * HALF_BYTES);
+        const fvec scale = f_halves(w);
+        w += LEVEL_BYTES;
         UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(scale, sum[m], out[m]);
         if (s->has_shift) {
-            const fvec shift = f_halves(block + s->shift_offset + p * ROWS * HALF_BYTES);
+            const fvec shift = f_halves(w);
+            w += LEVEL_BYTES;
             UNROLL for (int m = 0; m < count; m++)
-                out[m] = f_fma(shift, f_set(t->sum[(first + m) * pieces + p]), out[m]);
+                out[m] = f_fma(shift, f_set(t->sum[at + m]), out[m]);
         }
     }
     UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
@@ -160,46 +177,46 @@ static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, cons
 
 /* -- int8 tables ------------------------------------------------------------------------------------------------ */
 
-/* 64 weights of a row, or the last `left` of them and zeros: nothing behind a table's end is read. */
-static ALWAYS_INLINE const int8_t *whole_vector(const int8_t *weights, int64_t left, int8_t *room) {
-    if (left >= VECTOR_BYTES) return weights;
-    memset(room, 0, VECTOR_BYTES);
-    memcpy(room, weights, (size_t)left);
+/* A piece's weights, filled up with zeros to 64: nothing behind a table's end is read. */
+static ALWAYS_INLINE const int8_t *whole_vector(const int8_t *weights, int columns, int8_t *room) {
+    if (columns == INT8_PIECE) return weights;
+    memset(room, 0, INT8_PIECE);
+    memcpy(room, weights, (size_t)columns);
     return room;
 }
 
-static ALWAYS_INLINE void int8_row(const int count, const tz_shape *s, const uint8_t *record, const tz_tokens *t,
-                                   int64_t first, float *y) {
-    const int64_t pieces = s->pieces, stride = s->stride;
-    const uint8_t *scales = record + s->columns;
+static ALWAYS_INLINE void int8_row(const int count, const int exact, const tz_shape *s, const uint8_t *record,
+                                   const tz_tokens *t, int64_t first, float *y) {
     fvec out[TILE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
-    for (int64_t p = 0; p < pieces; p++) {
+    for (int64_t p = 0; p < s->pieces; p++) {
         const tz_piece *piece = &s->piece[p];
-        const float scale = half_scalar(scales + piece->group * HALF_BYTES);
-        for (int i = 0; i < piece->columns; i += VECTOR_BYTES) {
-            int8_t room[VECTOR_BYTES];
-            const int8_t *weights = (const int8_t *)record + piece->start + i;
-            weights = whole_vector(weights, piece->columns - i, room);
+        const int64_t at = tz_place(s, first, count, p);
+        int8_t room[INT8_PIECE];
+        const int8_t *weights = whole_vector((const int8_t *)record + piece->start, piece->columns, room);
+        const fvec scale = f_set(half_scalar(record + s->columns + piece->group * HALF_BYTES));
+        prefetch(record + piece->start, INT8_PIECE);
+        if (exact) {
+            const float *x = t->values + at * INT8_PIECE;
+            UNROLL for (int m = 0; m < count; m++)
+                out[m] = f_fma(scale, fma_int8(weights, x + m * INT8_PIECE), out[m]);
+        } else {
+            const int8_t *x = t->codes + at * INT8_PIECE;
+            const int8s w = load_int8(weights);
             UNROLL for (int m = 0; m < count; m++) {
-                const int64_t token = (first + m) * pieces + p;
-                if (t->exact) {
-                    fvec sum = f_set(0);
-                    for (int j = 0; j < VECTOR_BYTES; j += LANES)
-                        sum = fma_int8(sum, weights + j, t->values + token * stride + i + j);
-                    out[m] = f_fma(f_set(scale), sum, out[m]);
-                } else {
-                    const ivec dot = dot_int8(weights, t->codes + token * stride + i);
-                    out[m] = f_fma(f_set(scale * t->scale[token]), f_from(dot), out[m]);
-                }
+                const fvec both = f_mul(scale, f_set(t->scale[at + m]));
+                out[m] = f_fma(both, f_from(dot_int8(w, x + m * INT8_PIECE)), out[m]);
             }
         }
     }
     UNROLL for (int m = 0; m < count; m++) y[m * ROWS] = f_sum(out[m]);
 }
 
-/* -- one call for each number of tokens, so that all sums stay in registers --------------------------------------- */
+/* -- one function for each number of tokens, so that all sums stay in registers; or one for all (ANY_COUNT) -------- */
 
+#if defined(ANY_COUNT)
+#define EACH_COUNT(call) call(count);
+#else
 #define EACH_COUNT(call)        \
     switch (count) {            \
         case 1: call(1); break; \
@@ -211,8 +228,10 @@ static ALWAYS_INLINE void int8_row(const int count, const tz_shape *s, const uin
         case 7: call(7); break; \
         default: call(8);       \
     }
+#endif
 
-static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t, int64_t first, int count, float *y) {
+static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t, int64_t first, float *y) {
+    const int count = tz_tile(t, first);
 #define EXACT(n) ternary_exact(n, s, block, t, first, y)
 #define INT8(n) ternary_int8(n, s, block, t, first, y)
     if (t->exact)
@@ -223,11 +242,18 @@ static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t,
 #undef INT8
 }
 
-static void int8(const tz_shape *s, const uint8_t *records, int rows, const tz_tokens *t, int64_t first, int count,
-                 float *y) {
-#define ROW(n) int8_row(n, s, records + r * s->record_bytes, t, first, y + r)
-    for (int r = 0; r < rows; r++) EACH_COUNT(ROW)
-#undef ROW
+static void int8(const tz_shape *s, const uint8_t *records, int rows, const tz_tokens *t, int64_t first, float *y) {
+    const int count = tz_tile(t, first);
+#define EXACT(n) int8_row(n, 1, s, records + r * s->record_bytes, t, first, y + r)
+#define INT8(n) int8_row(n, 0, s, records + r * s->record_bytes, t, first, y + r)
+    for (int r = 0; r < rows; r++) {
+        if (t->exact)
+            EACH_COUNT(EXACT)
+        else
+            EACH_COUNT(INT8)
+    }
+#undef EXACT
+#undef INT8
 }
 
 static void store(const float *y, const float *bias, int rows, int count, int64_t out_stride, void *out, int dtype) {
