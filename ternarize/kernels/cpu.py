@@ -259,11 +259,9 @@ class PackedTernary:
         in_features: int,
         group_size: int,
     ) -> None:
-        self.path, self.rows, self.columns, self.group_size = path.index, trits.shape[0], in_features, group_size
-        self.has_shift = shift is not None
-        self.name = path.name
+        self.path, self.rows, self.group_size, self.has_shift = path, trits.shape[0], group_size, shift is not None
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self._shape = _shape(self.path, True, self.rows, in_features, group_size, self.has_shift)
+        self._shape = _shape(path.index, True, self.rows, in_features, group_size, self.has_shift)
         self.packed = torch.empty(path.library.tz_packed_bytes(self._shape), dtype=torch.uint8)
         self._product = path.library.tz_ternary_linear
         trits, scale = trits.contiguous(), scale.contiguous()
@@ -285,7 +283,7 @@ class PackedTernary:
         """
         if torch.compiler.is_compiling():
             return _ternary_operator(
-                x, self.packed, self.bias, self.path, self.rows, self.group_size, self.has_shift, exact
+                x, self.packed, self.bias, self.path.index, self.rows, self.group_size, self.has_shift, exact
             )
         return _product(self._product, self._shape, self.packed, self.bias, x, self.rows, exact)
 
