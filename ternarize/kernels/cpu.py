@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def paths() -> dict[str, bool]:
-    """The paths of the library, slowest first, and whether this processor can run each; empty without a library."""
+    """The paths of the library, best last, and whether this processor can run each; empty without a library."""
     library, _ = load_library()
     found: dict[str, bool] = {}
     while library is not None and (name := library.tz_path_name(len(found))) is not None:
@@ -202,7 +202,7 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
     return not torch.is_autocast_enabled("cpu")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shape(path: int, ternary: bool, rows: int, columns: int, group_size: int, has_shift: bool) -> int:
     """A `tz_shape`, kept for the life of the process: a model has few."""
     library, _ = load_library()
@@ -341,9 +341,7 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, path: int, rows: int, *_: 
 
 
 @torch.library.custom_op("ternarize::int8_linear", mutates_args=())
-def _int8_operator(
-    x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, exact: bool
-) -> Tensor:
+def _int8_operator(x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, exact: bool) -> Tensor:
     return _int8_product(x, records, bias, path, group_size, exact)
 
 

@@ -21,7 +21,7 @@ typedef struct tz_shape tz_shape;
 
 TZ_API int tz_abi(void);
 
-/* The paths (instruction sets) of this build, slowest first: names by index from 0, NULL behind the last. */
+/* The paths (instruction sets) of this build, best last: names by index from 0, NULL behind the last. */
 TZ_API const char *tz_path_name(int path);
 
 /* Whether this processor and operating system can run a path. */
