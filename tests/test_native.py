@@ -48,7 +48,7 @@ def test_no_byte_too_far_and_no_undefined_behaviour(tmp_path: Path) -> None:
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip(f"{compiler} has no sanitizers here")
     program = build(compiler, tmp_path, X86, "-DTZ_X86", *sanitize)
-    done = subprocess.run([program, "60", "7"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(program), "60", "7"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(name in done.stdout for name, supported in cpu.paths().items() if supported)
 
@@ -58,7 +58,7 @@ def test_neon_under_emulation(tmp_path: Path) -> None:
     if compiler is None or emulator is None:
         pytest.skip("no cross compiler or no emulator (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)")
     program = build(compiler, tmp_path, NEON, "-DTZ_NEON", "-static")
-    done = subprocess.run([emulator, "-cpu", "max", program, "40", "3"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([emulator, "-cpu", "max", str(program), "40", "3"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("on: scalar neon\n")
 

@@ -1,7 +1,6 @@
 /* Random shapes, values and batches through every path of this machine, against sums in double precision.
  *
- *     cc -fsanitize=address,undefined ... tests/native/fuzz.c ternarize/kernels/csrc/*.c    (test_native.py builds it)
- *     ./fuzz ROUNDS SEED
+ *     ./fuzz ROUNDS SEED          tests/test_native.py builds and runs it
  *
  * Every buffer has exactly the size that the interface asks for, so that a sanitizer sees a byte too far. */
 #include <math.h>
@@ -45,23 +44,24 @@ static float loaded(const void *in, int dtype, size_t at) {
     return dtype == TZ_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
 }
 
-/* What a product may differ by: half a step of the activations for each weight, and rounding of sums and of the result. */
-static int compare(const task *t, const char *path, const double *weight, const float *x, const float *bias,
-                   const void *y) {
+/* What a product may differ by: half a step of the activations times what of each weight meets them rounded (`part`;
+ * a shift meets their exact sum), and rounding of sums and of the result. */
+static int compare(const task *t, const char *path, const double *weight, const double *part, const float *x,
+                   const float *bias, const void *y) {
     for (int m = 0; m < t->tokens; m++)
         for (int o = 0; o < t->rows; o++) {
             double want = bias ? bias[o] : 0, size = fabs(want), slack = 0;
             for (int g = 0; g < t->groups; g++) {
                 float largest = 0;
-                double weights = 0;
+                double parts = 0;
                 for (int i = g * t->group; i < t->columns && i < (g + 1) * t->group; i++) {
                     const double w = weight[(size_t)o * t->columns + i], a = x[(size_t)m * t->columns + i];
                     want += w * a;
                     size += fabs(w * a);
-                    weights += fabs(w);
+                    parts += fabs(part[(size_t)o * t->columns + i]);
                     largest = fmaxf(largest, fabsf((float)a));
                 }
-                slack += weights * largest / 254;
+                slack += parts * largest / 254;
             }
             const double relative = t->dtype == TZ_FLOAT32 ? 0 : t->dtype == TZ_BFLOAT16 ? 0x1p-8 : 0x1p-10;
             const double allowed = 2e-6 * size + relative * fabs(want) + 1e-7 + (t->exact ? 0 : 1.01 * slack);
@@ -80,7 +80,7 @@ static int ternary(const task *t, int path, const float *x, const void *input, c
     const size_t bytes = (columns + 4) / 5;
     uint8_t *trits = malloc(rows * bytes);
     uint16_t *scale = malloc(levels * 2), *shift = malloc(levels * 2);
-    double *weight = malloc(rows * columns * sizeof *weight);
+    double *weight = malloc(rows * columns * sizeof *weight), *part = malloc(rows * columns * sizeof *part);
     for (size_t i = 0; i < levels; i++) {
         scale[i] = to_float16(0.02f + fabsf(uniform()));
         shift[i] = to_float16(uniform());
@@ -92,9 +92,9 @@ static int ternary(const task *t, int path, const float *x, const void *input, c
                 const size_t i = 5 * b + d, level = o * (size_t)t->groups + i / (size_t)t->group;
                 const int digit = i < columns ? (int)draw(3) : 1;
                 byte += digit * (int)power;
-                if (i < columns)
-                    weight[o * columns + i] =
-                        from_float16(scale[level]) * (digit - 1) + (t->shift ? from_float16(shift[level]) : 0);
+                if (i >= columns) continue;
+                part[o * columns + i] = (double)from_float16(scale[level]) * (digit - 1);
+                weight[o * columns + i] = part[o * columns + i] + (t->shift ? from_float16(shift[level]) : 0);
             }
             trits[o * bytes + b] = (uint8_t)byte;
         }
@@ -104,9 +104,9 @@ static int ternary(const task *t, int path, const float *x, const void *input, c
     memset(y, 0xff, rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
     tz_pack_ternary(s, trits, scale, t->shift ? shift : NULL, packed, t->threads);
     int failed = tz_ternary_linear(s, packed, bias, input, y, t->tokens, t->dtype, t->exact, t->threads);
-    failed |= compare(t, tz_path_name(path), weight, x, bias, y);
+    failed |= compare(t, tz_path_name(path), weight, part, x, bias, y);
     tz_free_shape(s);
-    free(trits), free(scale), free(shift), free(weight), free(packed), free(y);
+    free(trits), free(scale), free(shift), free(weight), free(part), free(packed), free(y);
     return failed;
 }
 
@@ -129,7 +129,7 @@ static int int8(const task *t, int path, const float *x, const void *input, cons
     tz_shape *s = tz_int8_shape(path, t->rows, t->columns, t->group);
     void *y = malloc(rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
     int failed = tz_int8_linear(s, records, bias, input, y, t->tokens, t->dtype, t->exact, t->threads);
-    failed |= compare(t, tz_path_name(path), weight, x, bias, y);
+    failed |= compare(t, tz_path_name(path), weight, weight, x, bias, y);
     tz_free_shape(s);
     free(records), free(weight), free(y);
     return failed;

@@ -17,7 +17,8 @@ typedef struct {
 } codes;
 
 #define CHAINS(tokens) 1
-#define ANY_COUNT
+#undef ANY_COUNT
+#define ANY_COUNT 1
 #define EACH_LANE for (int i = 0; i < ROWS; i++)
 
 static inline ivec i_set(int32_t value) {

@@ -19,7 +19,7 @@
 #include "kernels.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-#if defined(ANY_COUNT)
+#if ANY_COUNT
 #define UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 8")
@@ -214,7 +214,7 @@ static ALWAYS_INLINE void int8_row(const int count, const int exact, const tz_sh
 
 /* -- one function for each number of tokens, so that all sums stay in registers; or one for all (ANY_COUNT) -------- */
 
-#if defined(ANY_COUNT)
+#if ANY_COUNT
 #define EACH_COUNT(call) call(count);
 #else
 #define EACH_COUNT(call)        \
