@@ -58,7 +58,8 @@ def test_neon_under_emulation(tmp_path: Path) -> None:
     if compiler is None or emulator is None:
         pytest.skip("no cross compiler or no emulator (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)")
     program = build(compiler, tmp_path, NEON, "-DTZ_NEON", "-static")
-    done = subprocess.run([emulator, "-cpu", "max", str(program), "40", "3"], capture_output=True, text=True, timeout=300)
+    command = [emulator, "-cpu", "max", str(program), "40", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("on: scalar neon\n")
 

@@ -148,10 +148,10 @@ static int one_round(void) {
     void *input = malloc(count * (t.dtype ? 2 : 4));
     for (size_t i = 0; i < count; i++) x[i] = stored(uniform() * (draw(50) ? 1 : 30), t.dtype, input, i);
     for (int o = 0; o < t.rows; o++) bias[o] = uniform();
+    const float *added = t.bias ? bias : NULL;
     int failed = 0;
     for (int path = 0; tz_path_name(path); path++)
-        if (tz_path_supported(path))
-            failed |= ternary(&t, path, x, input, t.bias ? bias : NULL) | int8(&t, path, x, input, t.bias ? bias : NULL);
+        if (tz_path_supported(path)) failed |= ternary(&t, path, x, input, added) | int8(&t, path, x, input, added);
     free(x), free(bias), free(input);
     return failed;
 }

@@ -1,4 +1,5 @@
-/* AVX-512 with VNNI and VBMI: five trits a byte stay so in memory, 1.6 bits each; a comparison and a table look-up unpack them. */
+/* AVX-512 with VNNI and VBMI: five trits a byte stay so in memory, 1.6 bits each; comparisons and one table look-up
+ * unpack them. */
 #define FIELDS 5
 #include "avx512.h"
 

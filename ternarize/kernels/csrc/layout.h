@@ -1,7 +1,7 @@
 /* How weights and activations lie in memory. Shared by all paths.
  *
- * A row's groups are cut into pieces of at most 128 columns (64 in int8 tables). A piece has one scale and shift of the weight (its
- * group's) and one scale of the activations; sums are exact integers inside it and floats between pieces.
+ * A row's groups are cut into pieces of at most 128 columns (64 in int8 tables). A piece has one scale and shift of the
+ * weight (its group's) and one scale of the activations; sums are exact integers inside it, floats between pieces.
  *
  * A ternary weight is a sequence of blocks of 16 rows (the last is filled up with rows of zeros). A block:
  *
@@ -20,7 +20,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { ROWS = 16, QUAD = 4, PIECE = 128, INT8_PIECE = 64, VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32 };
+enum { ROWS = 16, QUAD = 4, PIECE = 128, INT8_PIECE = 64 };
+enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32 };
 
 typedef struct {
     int64_t start;            /* first column */
