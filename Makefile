@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 MODEL := sample:smollm2-135m
 OUT := out/smollm2-135m-ternary
 RUN := $(VENV)/bin/ternarize
+NATIVE := $(wildcard ternarize/kernels/CMakeLists.txt ternarize/kernels/csrc/*)
 
 .PHONY: quickstart test check clean
 .DELETE_ON_ERROR:
@@ -28,13 +29,13 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(NATIVE)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
 	$(VENV)/bin/pip install --quiet --editable '.[gguf,plot]'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml $(NATIVE) | $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -10,6 +10,8 @@ and types against the files' headers comes first, because transformers itself on
 from __future__ import annotations
 
 import json
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ternarize.checkpoint import find_shards, read_header
 from ternarize.errors import FormatError, TernarizeError
 from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
-from ternarize.runtime import check_packed_modules, dequantize_modules, replace_float_modules
+from ternarize.kernels import cpu
+from ternarize.runtime import check_packed_modules, dequantize_modules, replace_float_modules, run_natively
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -70,6 +73,8 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         check_packed_modules(model)
+        run_natively(model)
+        _say_what_is_missing()
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -143,21 +148,28 @@ def check_names(model: PreTrainedModel, files: list[str]) -> None:
 
 
 def load(
-    folder: str | Path, device_map: Any = None, dtype: torch.dtype | str = "auto", **kwargs: Any
+    folder: str | Path,
+    device_map: Any = None,
+    dtype: torch.dtype | str = "auto",
+    activations: str | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a ternarize folder (or Hub id) and its tokenizer.
 
     Args:
         folder: what `ternarize convert` wrote.
         device_map, dtype, **kwargs: as in `from_pretrained`; dtype is that of activations and of what stayed float.
+        activations: what the native CPU kernels round activations to: "int8" (the default), or "float" for none.
 
     Returns:
         (model, tokenizer)
 
     Raises:
         FormatError: not a ternarize folder, or damaged.
-        TernarizeError: a local folder that is not a checkpoint.
+        TernarizeError: a local folder that is not a checkpoint, or no such activations.
     """
+    if activations is not None:
+        cpu.check_activations(activations)
     path = Path(folder)
     if path.is_dir():
         if quant_method(path) != QUANT_METHOD:
@@ -172,6 +184,7 @@ def load(
             raise FormatError(
                 f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config."
             )
+        run_natively(model, activations)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -192,6 +205,16 @@ def quant_method(folder: Path) -> str | None:
         return None if quantization is None else str(quantization.get("quant_method"))
     except (ValueError, AttributeError) as error:
         raise TernarizeError(f"{config} is damaged: {error}. Download or convert the model again.") from error
+
+
+@cache  # once in a process
+def _say_what_is_missing() -> None:
+    reason = cpu.missing()
+    if reason is not None:
+        logging.getLogger("ternarize").warning(
+            "%s: products run on plain torch, which unpacks every weight at every token. `ternarize doctor` says more.",
+            reason,
+        )
 
 
 def _disarm(config: Any) -> None:

@@ -2,6 +2,10 @@
 
 `TernaryLinear` serves converting, loading and running alike; `Int8Embedding` and `Int8Head` do the same for the
 embedding and the output head.
+
+Where a model is loaded (`run_natively`), products on a CPU go to the native kernels; a conversion never does that, so
+that its numbers are the reference's on every machine. A linear that runs natively holds its weight a second time, laid
+out for the processor: 2 to 2.5 bits a weight beside the file's 1.75. An int8 head is read where it lies.
 """
 
 from __future__ import annotations
@@ -88,6 +92,9 @@ class TernaryLinear(nn.Module):
             empty = torch.empty(shapes[name][0], dtype=shapes[name][1], device=device) if name in shapes else None
             self.register_buffer(name, empty)
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
+        self.activations: str | None = None  # "int8" or "float" natively; None is the reference
+        self._packed: kernels.PackedTernary | None = None
+        self._packed_from: list[tuple[Tensor, int]] = []
 
     @classmethod
     def from_tensor(cls, tensor: TernaryTensor, bias: Tensor | None = None) -> TernaryLinear:
@@ -183,7 +190,29 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in x's dtype."""
+        packed = self.pack() if self.activations is not None and kernels.usable(x, self.bias) else None
+        if packed is not None:
+            return packed.linear(x, exact=self.activations == "float")
         return kernels.ternary_linear(x, self.weight, *self.read_levels(), self.bias, self.group_size)
+
+    def pack(self) -> kernels.PackedTernary | None:
+        """The weight laid out for this processor, made at the first use and again after its tensors changed.
+
+        None where nothing runs natively, and while torch.compile traces a linear that has not run yet.
+        """
+        if torch.compiler.is_compiling():
+            return self._packed
+        path = kernels.native()
+        if path is None or self.weight.device.type != "cpu":
+            return None
+        current = [(t, _version(t)) for t in (*self._buffers.values(), self.bias) if t is not None]
+        if self._packed is None or self._packed.path != path or not _same(self._packed_from, current):
+            levels = self.read_levels()
+            self._packed = kernels.PackedTernary(
+                path, self.weight, *levels, self.bias, self.in_features, self.group_size
+            )
+            self._packed_from = current
+        return self._packed
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
@@ -250,6 +279,7 @@ class Int8Head(nn.Module):
         shape = (rows, int8_row_bytes(columns, group_size))
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
+        self.activations: str | None = None  # as in TernaryLinear
 
     @classmethod
     def from_weight(cls, weight: Tensor, group_size: int, bias: Tensor | None = None) -> Int8Head:
@@ -267,7 +297,7 @@ class Int8Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
-        return kernels.int8_linear(x, self.weight, self.bias, self.group_size)
+        return _int8_product(x, self.weight, self.bias, self.group_size, self.activations)
 
 
 class TiedInt8Head(nn.Module):
@@ -280,6 +310,7 @@ class TiedInt8Head(nn.Module):
         self.__dict__["embedding"] = embedding  # not a child: the table is stored once, by the embedding
         self.bias = bias
         self.out_features, self.in_features = embedding.num_embeddings, embedding.embedding_dim
+        self.activations: str | None = None  # as in TernaryLinear
 
     @property
     def weight(self) -> Tensor:
@@ -288,10 +319,42 @@ class TiedInt8Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
-        return kernels.int8_linear(x, self.embedding.weight.to(x.device), self.bias, self.embedding.group_size)
+        table = self.embedding.weight.to(x.device)
+        return _int8_product(x, table, self.bias, self.embedding.group_size, self.activations)
+
+
+def _int8_product(x: Tensor, table: Tensor, bias: Tensor | None, group_size: int, activations: str | None) -> Tensor:
+    if activations is not None and kernels.usable(x, bias) and kernels.native() is not None:
+        return kernels.native_int8_linear(x, table, bias, group_size, exact=activations == "float")
+    return kernels.int8_linear(x, table, bias, group_size)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
+    return len(before) == len(now) and all(a is b and m == n for (a, m), (b, n) in zip(before, now, strict=True))
 
 
 # -- a whole model -------------------------------------------------------------------------------------------------
+
+
+def run_natively(model: nn.Module, activations: str | None = None) -> None:
+    """Let a model's packed modules use the native kernels where they can: on a CPU, without gradients.
+
+    Args:
+        model: changed in place.
+        activations: "int8", "float", or None for what the environment says (see `kernels.cpu`).
+
+    Raises:
+        TernarizeError: no such kind of activations, or TERNARIZE_CPU names a path that cannot be used.
+    """
+    kind = kernels.default_activations() if activations is None else kernels.check_activations(activations)
+    kernels.native()
+    for module in model.modules():
+        if isinstance(module, (TernaryLinear, Int8Head, TiedInt8Head)):
+            module.activations = kind
 
 
 def replace_float_modules(model: nn.Module, layout: Layout) -> None:

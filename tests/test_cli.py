@@ -84,6 +84,7 @@ def test_flags_are_frozen() -> None:
             "prompt",
         ],
         "inspect": ["--json", "--plot", "--teacher", "--text", "--worst", "folder"],
+        "doctor": [],
         "distill": [
             "--device", "--force", "--json", "--output", "--quiet", "--resume", "--revision", "--set", "--teacher",
             "--text", "--time-budget", "-o", "-q", "folder",
@@ -104,6 +105,7 @@ def test_help_names_every_command_and_exit_code(run: Run) -> None:
         "evaluate",
         "generate",
         "inspect",
+        "doctor",
         "0 done",
         "2 bad input",
         "3 unsupported",

@@ -1,0 +1,350 @@
+"""Native products on a CPU: the shared library of `csrc/`, its paths, and weights laid out for one of them.
+
+A path is an instruction set: the fastest that the processor has is chosen when the library is first needed.
+
+    TERNARIZE_CPU=NAME           another path, by name; "torch" is none of them, the reference
+    TERNARIZE_ACTIVATIONS=NAME   "int8" (the default) or "float"
+
+Activations in int8 have one scale per token and at most 128 columns of a group; everything else is exact up to float32
+rounding. Float activations are exact too, and slower. Shapes: B any leading sizes, I in features, O out features, G
+groups in a row, S group size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.errors import TernarizeError
+from ternarize.packing import int8_row_bytes
+
+CPU_VARIABLE = "TERNARIZE_CPU"
+ACTIVATIONS_VARIABLE = "TERNARIZE_ACTIVATIONS"
+ACTIVATIONS = ("int8", "float")
+REFERENCE = "torch"  # as a path's name: none, the reference computes
+LIBRARY = "libternarize.so"
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "tz_abi": (_int, []),
+    "tz_path_name": (ctypes.c_char_p, [_int]),
+    "tz_path_supported": (_int, [_int]),
+    "tz_cpu_features": (ctypes.c_char_p, []),
+    "tz_ternary_shape": (_pointer, [_int, _int64, _int64, _int64, _int]),
+    "tz_int8_shape": (_pointer, [_int, _int64, _int64, _int64]),
+    "tz_packed_bytes": (_int64, [_pointer]),
+    "tz_pack_ternary": (None, [_pointer, _pointer, _pointer, _pointer, _pointer, _int]),
+    "tz_ternary_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
+    "tz_int8_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """The library, loaded, and one of its paths.
+
+    Args:
+        library: with the signatures of `csrc/ternarize.h`.
+        file: where it lies.
+        index, name: of the path.
+    """
+
+    library: ctypes.CDLL
+    file: Path
+    index: int
+    name: str
+
+
+# -- the library and its paths -----------------------------------------------------------------------------------------
+
+
+def find_library() -> Path | None:
+    """Where the shared library lies; None where it was not built.
+
+    An editable install keeps the modules here and puts what was built among the installed files.
+    """
+    beside = Path(__file__).with_name(LIBRARY)
+    if beside.is_file():
+        return beside
+    try:
+        installed = importlib.metadata.files("ternarize") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())) for file in installed if file.name == LIBRARY)
+    return next((file for file in found if file.is_file()), None)
+
+
+@cache
+def load_library() -> tuple[ctypes.CDLL | None, str]:
+    """The library and where it lies, or None and why it cannot be used."""
+    file = find_library()
+    if file is None:
+        return None, f"{LIBRARY} was not built (no C compiler when ternarize was installed?)"
+    try:
+        library = ctypes.CDLL(str(file))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"{file} cannot be loaded: {error}"
+    if library.tz_abi() != ABI:
+        return None, f"{file} belongs to another version of ternarize (interface {library.tz_abi()}, not {ABI})"
+    return library, str(file)
+
+
+def paths() -> dict[str, bool]:
+    """The paths of the library, best last, and whether this processor can run each; empty without a library."""
+    library, _ = load_library()
+    found: dict[str, bool] = {}
+    while library is not None and (name := library.tz_path_name(len(found))) is not None:
+        found[name.decode()] = bool(library.tz_path_supported(len(found)))
+    return found
+
+
+def features() -> list[str]:
+    """What of the processor a path could use."""
+    library, _ = load_library()
+    return [] if library is None else library.tz_cpu_features().decode().split()
+
+
+def select(name: str) -> Native | None:
+    """A path by its name; None for "torch".
+
+    Raises:
+        TernarizeError: no such path, or the library or the processor lacks it.
+    """
+    if name == REFERENCE:
+        return None
+    library, where = load_library()
+    if library is None:
+        raise TernarizeError(f"{CPU_VARIABLE}={name}: {where}. Install a C compiler and ternarize again, or unset it.")
+    found = paths()
+    usable = [path for path, supported in found.items() if supported]
+    if name not in usable:
+        reason = "this processor cannot run it" if name in found else "there is no such path in this build"
+        raise TernarizeError(f"{CPU_VARIABLE}={name}: {reason}. Choose {', '.join([*usable, REFERENCE])}, or unset it.")
+    return Native(library, Path(where), list(found).index(name), name)
+
+
+_chosen: list[Native | None] = []  # of this process, after the first look
+
+
+def native() -> Native | None:
+    """The path in use; None where the reference computes.
+
+    Raises:
+        TernarizeError: TERNARIZE_CPU names a path that cannot be used.
+    """
+    if not _chosen:
+        wanted = os.environ.get(CPU_VARIABLE)
+        usable = [path for path, supported in paths().items() if supported]
+        _chosen.append(select(wanted or (usable[-1] if usable else REFERENCE)))
+    return _chosen[0]
+
+
+@contextmanager
+def using(name: str) -> Iterator[Native | None]:
+    """Another path for the time being, in this process.
+
+    Raises:
+        TernarizeError: as in `select`.
+    """
+    before = native()
+    _chosen[0] = select(name)
+    try:
+        yield _chosen[0]
+    finally:
+        _chosen[0] = before
+
+
+def missing() -> str | None:
+    """Why products do not run natively though nobody asked for that; None where all is well."""
+    return load_library()[1] if load_library()[0] is None and os.environ.get(CPU_VARIABLE) != REFERENCE else None
+
+
+def default_activations() -> str:
+    """What TERNARIZE_ACTIVATIONS says, or "int8"."""
+    return check_activations(os.environ.get(ACTIVATIONS_VARIABLE) or ACTIVATIONS[0])
+
+
+def check_activations(name: str) -> str:
+    """Refuse a name that is none.
+
+    Raises:
+        TernarizeError: naming those that there are.
+    """
+    if name not in ACTIVATIONS:
+        raise TernarizeError(f"activations {name!r} is not one of {', '.join(ACTIVATIONS)}.")
+    return name
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+def usable(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a native product can take these activations: on a CPU, a plain tensor, and no gradient is wanted."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
+        return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+@cache
+def _shape(path: int, ternary: bool, rows: int, columns: int, group_size: int, has_shift: bool) -> int:
+    """A `tz_shape`, kept for the life of the process: a model has few."""
+    library, _ = load_library()
+    assert library is not None
+    if ternary:
+        shape = library.tz_ternary_shape(path, rows, columns, group_size, has_shift)
+    else:
+        shape = library.tz_int8_shape(path, rows, columns, group_size)
+    if shape is None:
+        raise MemoryError(f"no memory to describe a weight of {rows} x {columns}")
+    return int(shape)
+
+
+def _product(
+    function: Callable[..., int], shape: int, weights: Tensor, bias: Tensor | None, x: Tensor, rows: int, exact: bool
+) -> Tensor:
+    x = x.contiguous()
+    columns = x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], rows)
+    failed = function(
+        shape,
+        weights.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel() // columns,
+        DTYPES[x.dtype],
+        exact,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the activations of {x.numel() // columns} tokens")
+    return out
+
+
+class PackedTernary:
+    """A ternary weight laid out for one path; `csrc/layout.h` draws it.
+
+    Args:
+        path: which.
+        trits: uint8 [O, ceil(I / 5)], as in the file.
+        scale, shift: fp16 [O, G]; shift is None where the grid has none.
+        bias: float [O] or None.
+        in_features, group_size: I and S.
+    """
+
+    def __init__(
+        self,
+        path: Native,
+        trits: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        group_size: int,
+    ) -> None:
+        self.path, self.rows, self.group_size, self.has_shift = path, trits.shape[0], group_size, shift is not None
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self._shape = _shape(path.index, True, self.rows, in_features, group_size, self.has_shift)
+        self.packed = torch.empty(path.library.tz_packed_bytes(self._shape), dtype=torch.uint8)
+        self._product = path.library.tz_ternary_linear
+        trits, scale = trits.contiguous(), scale.contiguous()
+        shift = None if shift is None else shift.contiguous()
+        path.library.tz_pack_ternary(
+            self._shape,
+            trits.data_ptr(),
+            scale.data_ptr(),
+            None if shift is None else shift.data_ptr(),
+            self.packed.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def linear(self, x: Tensor, exact: bool) -> Tensor:
+        """x [B, I] -> [B, O] in x's dtype; exact is with float activations, else int8.
+
+        Raises:
+            MemoryError: there is none for the activations.
+        """
+        if torch.compiler.is_compiling():
+            return _ternary_operator(
+                x, self.packed, self.bias, self.path.index, self.rows, self.group_size, self.has_shift, exact
+            )
+        return _product(self._product, self._shape, self.packed, self.bias, x, self.rows, exact)
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """Copies and pickles hold None instead: it is made again from the file's tensors, for that machine's path."""
+        return type(None), ()
+
+
+def int8_linear(x: Tensor, records: Tensor, bias: Tensor | None, group_size: int, exact: bool) -> Tensor:
+    """x [B, H] times int8 records, uint8 [V, H + 2 G], read where they lie; [B, V] in x's dtype.
+
+    Raises:
+        MemoryError: there is none for the activations.
+    """
+    path = native()
+    assert path is not None
+    if torch.compiler.is_compiling():
+        return _int8_operator(x, records, bias, path.index, group_size, exact)
+    return _int8_product(x, records, bias, path.index, group_size, exact)
+
+
+def _int8_product(x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, exact: bool) -> Tensor:
+    library, _ = load_library()
+    assert library is not None
+    rows, columns = records.shape[0], x.shape[-1]
+    assert records.shape[1] == int8_row_bytes(columns, group_size)
+    shape = _shape(path, False, rows, columns, group_size, False)
+    bias = None if bias is None else bias.detach().float()
+    return _product(library.tz_int8_linear, shape, records.contiguous(), bias, x, rows, exact)
+
+
+# torch.compile cannot look into a call of ctypes, and calls these; outside of it the direct call is cheaper.
+
+
+@torch.library.custom_op("ternarize::ternary_linear", mutates_args=())
+def _ternary_operator(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    path: int,
+    rows: int,
+    group_size: int,
+    has_shift: bool,
+    exact: bool,
+) -> Tensor:
+    library, _ = load_library()
+    assert library is not None
+    shape = _shape(path, True, rows, x.shape[-1], group_size, has_shift)
+    return _product(library.tz_ternary_linear, shape, packed, bias, x, rows, exact)
+
+
+@_ternary_operator.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, path: int, rows: int, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("ternarize::int8_linear", mutates_args=())
+def _int8_operator(x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, exact: bool) -> Tensor:
+    return _int8_product(x, records, bias, path, group_size, exact)
+
+
+@_int8_operator.register_fake
+def _(x: Tensor, records: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], records.shape[0])

@@ -1,0 +1,138 @@
+/* AVX2 with FMA and F16C: 2-bit codes; products of pairs in 16 bits, at most 4 pairs of 2 * 127 * 2 before widening. */
+#define FIELDS 4
+#include <immintrin.h>
+
+#include "layout.h"
+
+typedef struct {
+    __m256i low, high;
+} ivec;
+typedef struct {
+    __m256 low, high;
+} fvec;
+typedef ivec quad;
+typedef struct {
+    quad field[FIELDS];
+} codes;
+
+#define CHAINS(tokens) 1
+
+static inline ivec i_set(int32_t value) { return (ivec){_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+static inline ivec i_add(ivec a, ivec b) {
+    return (ivec){_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+static inline fvec f_set(float value) { return (fvec){_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+static inline fvec f_from(ivec a) { return (fvec){_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+static inline fvec f_mul(fvec a, fvec b) {
+    return (fvec){_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+static inline fvec f_fma(fvec a, fvec b, fvec c) {
+    return (fvec){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+static inline void f_store(float *out, fvec a) {
+    _mm256_storeu_ps(out, a.low);
+    _mm256_storeu_ps(out + 8, a.high);
+}
+static inline float f_sum(fvec a) {
+    const __m256 eight = _mm256_add_ps(a.low, a.high);
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+static inline fvec f_halves(const uint8_t *halves) {
+    return (fvec){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)halves)),
+                  _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + 16)))};
+}
+static inline float half_scalar(const uint8_t *half) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, half, sizeof bits);
+    return _cvtsh_ss(bits);
+}
+
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return *sums;
+}
+
+static inline codes unpack(const uint8_t *bytes, int chains) {
+    (void)chains;
+    const __m256i mask = _mm256_set1_epi8(3);
+    const __m256i low = _mm256_loadu_si256((const __m256i *)bytes);
+    const __m256i high = _mm256_loadu_si256((const __m256i *)(bytes + 32));
+#define BITS(n) {_mm256_and_si256(_mm256_srli_epi16(low, n), mask), _mm256_and_si256(_mm256_srli_epi16(high, n), mask)}
+    return (codes){{BITS(0), BITS(2), BITS(4), BITS(6)}};
+#undef BITS
+}
+
+/* Bits 2 f of the 16 bytes belong to rows 4 f .. 4 f + 3: one 128-bit lane each. */
+static inline quad unpack_tail(const uint8_t *bytes) {
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+    const __m256i mask = _mm256_set1_epi8(3), by = _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0);
+    const __m256i low = _mm256_srlv_epi32(all, by);
+    return (quad){_mm256_and_si256(low, mask), _mm256_and_si256(_mm256_srli_epi32(low, 4), mask)};
+}
+
+static inline __m256i four(const int8_t *x) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x, sizeof bits);
+    return _mm256_set1_epi32(bits);
+}
+
+static inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
+    const __m256i a = four(x);
+    return i_add(sum, (ivec){widen(_mm256_maddubs_epi16(q.low, a)), widen(_mm256_maddubs_epi16(q.high, a))});
+}
+
+static inline __attribute__((always_inline)) void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
+    __m256i a = four(x);
+    __m256i low = _mm256_maddubs_epi16(c->field[0].low, a), high = _mm256_maddubs_epi16(c->field[0].high, a);
+    _Pragma("GCC unroll 4") for (int f = 1; f < FIELDS; f++) {
+        a = four(x + QUAD * f);
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(c->field[f].low, a));
+        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(c->field[f].high, a));
+    }
+    (void)chains;
+    *sums = i_add(*sums, (ivec){widen(low), widen(high)});
+}
+
+/* A lane's lowest three bits are a code and a zero, which vpermps looks up. */
+static inline fvec fma_quad(fvec sum, quad q, const float *x) {
+    const __m256 trit = _mm256_set_ps(0, 0, 0, 0, 0, 1, 0, -1);
+#define COLUMN(j)                                                                        \
+    sum = f_fma((fvec){_mm256_permutevar8x32_ps(trit, _mm256_srli_epi32(q.low, 8 * j)),  \
+                       _mm256_permutevar8x32_ps(trit, _mm256_srli_epi32(q.high, 8 * j))}, \
+                f_set(x[j]), sum)
+    COLUMN(0);
+    COLUMN(1);
+    COLUMN(2);
+    COLUMN(3);
+#undef COLUMN
+    return sum;
+}
+
+typedef ivec int8s;
+static inline int8s load_int8(const int8_t *weights) {
+    return (int8s){_mm256_loadu_si256((const __m256i *)weights), _mm256_loadu_si256((const __m256i *)(weights + 32))};
+}
+/* vpmaddubsw wants one side unsigned: |w|, and x with w's sign; 2 * 127 * 127 still fits 16 bits. */
+static inline __m256i dot_32(__m256i w, const int8_t *x) {
+    const __m256i a = _mm256_loadu_si256((const __m256i *)x);
+    return widen(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
+}
+static inline ivec dot_int8(int8s w, const int8_t *x) { return (ivec){dot_32(w.low, x), dot_32(w.high, x + 32)}; }
+
+static inline fvec fma_int8(const int8_t *weights, const float *x) {
+    fvec sum = f_set(0);
+    _Pragma("GCC unroll 4") for (int i = 0; i < INT8_PIECE; i += ROWS) {
+        const __m128i w = _mm_loadu_si128((const __m128i *)(weights + i));
+        const ivec wide = {_mm256_cvtepi8_epi32(w), _mm256_cvtepi8_epi32(_mm_srli_si128(w, 8))};
+        sum = f_fma(f_from(wide), (fvec){_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8)}, sum);
+    }
+    return sum;
+}
+
+#include "tile.h"
+
+const tz_kernels tz_avx2 = KERNELS("avx2", 0);

@@ -1,0 +1,179 @@
+/* Chooses a path's kernels and splits a product into blocks of rows and tiles of tokens. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "kernels.h"
+#include "threads.h"
+
+/* The last that a processor supports is chosen. Five trits a byte read a seventh less memory and take a third more
+ * instructions, which pays only where memory is slower than on the machines measured so far. */
+static const tz_kernels *const PATHS[] = {
+    &tz_scalar,
+#if defined(TZ_X86)
+    &tz_avx2, &tz_avx512vbmi, &tz_avx512vnni,
+#elif defined(TZ_NEON)
+    &tz_neon,
+#endif
+};
+
+enum { PATH_COUNT = sizeof PATHS / sizeof *PATHS };
+
+int tz_abi(void) { return TZ_ABI; }
+
+const char *tz_path_name(int path) { return path >= 0 && path < PATH_COUNT ? PATHS[path]->name : NULL; }
+
+int tz_path_supported(int path) {
+    const tz_features f = tz_find_features();
+    const char *name = tz_path_name(path);
+    if (!name) return 0;
+    if (!strcmp(name, "avx2")) return f.avx2 && f.fma && f.f16c;
+    if (!strcmp(name, "avx512vnni")) return f.avx512 && f.vnni;
+    if (!strcmp(name, "avx512vbmi")) return f.avx512 && f.vnni && f.vbmi;
+    if (!strcmp(name, "neon")) return f.dotprod;
+    return 1;
+}
+
+/* -- shapes ------------------------------------------------------------------------------------------------------ */
+
+static void cut_into_pieces(tz_shape *s, int64_t group, int64_t most, int64_t width) {
+    tz_piece *piece = s->piece;
+    for (int64_t g = 0; g < s->groups; g++) {
+        const int64_t end = (g + 1) * group < s->columns ? (g + 1) * group : s->columns;
+        for (int64_t start = g * group; start < end; start += most, piece++) {
+            const int columns = (int)(end - start < most ? end - start : most);
+            const int vectors = columns / (int)width, left = columns - vectors * (int)width;
+            *piece = (tz_piece){start, g, columns, vectors, (int)divide_up(left, QUAD), 0};
+        }
+    }
+}
+
+static tz_shape *make_shape(int path, int64_t rows, int64_t columns, int64_t group, int64_t most, int64_t width) {
+    const int64_t groups = divide_up(columns, group), last = columns - (groups - 1) * group;
+    const int64_t pieces = (groups - 1) * divide_up(group, most) + divide_up(last, most);
+    tz_shape *s = calloc(1, sizeof *s + (size_t)pieces * sizeof(tz_piece));
+    if (!s) return NULL;
+    s->path = path;
+    s->rows = rows;
+    s->columns = columns;
+    s->groups = groups;
+    s->pieces = pieces;
+    s->width = width;
+    s->stride = round_up(group < most ? group : most, QUAD);
+    cut_into_pieces(s, group, most, width);
+    return s;
+}
+
+tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t group, int has_shift) {
+    const int64_t width = PATHS[path]->five_a_byte ? 5 * QUAD : 4 * QUAD;
+    tz_shape *s = make_shape(path, rows, columns, group, PIECE, width);
+    if (!s) return NULL;
+    s->has_shift = has_shift;
+    for (int64_t p = 0; p < s->pieces; p++) {
+        tz_piece *piece = &s->piece[p];
+        piece->bytes = piece->vectors * VECTOR_BYTES + piece->tails * TAIL_BYTES + (has_shift ? 2 : 1) * LEVEL_BYTES;
+        s->block_bytes += piece->bytes;
+    }
+    return s;
+}
+
+tz_shape *tz_int8_shape(int path, int64_t rows, int64_t columns, int64_t group) {
+    tz_shape *s = make_shape(path, rows, columns, group, INT8_PIECE, INT8_PIECE);
+    if (!s) return NULL;
+    s->record_bytes = columns + s->groups * HALF_BYTES;
+    s->stride = INT8_PIECE;
+    return s;
+}
+
+void tz_free_shape(tz_shape *s) { free(s); }
+
+int64_t tz_packed_bytes(const tz_shape *s) { return divide_up(s->rows, ROWS) * s->block_bytes; }
+
+/* -- products ---------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const tz_shape *shape;
+    const tz_kernels *kernels;
+    const uint8_t *weights;
+    const float *bias;
+    const char *x;
+    char *y;
+    int dtype;
+    tz_tokens tokens;
+} product;
+
+static void prepare_tokens(void *context, int64_t first, int64_t last) {
+    product *p = context;
+    p->kernels->prepare(p->shape, p->x, p->dtype, &p->tokens, first, last);
+}
+
+/* Blocks first .. last of 16 rows, all tokens; a block's weights stay in the cache while the tokens pass. */
+static void multiply(void *context, int64_t first, int64_t last) {
+    product *p = context;
+    const tz_shape *s = p->shape;
+    const int64_t size = p->dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t row = block * ROWS;
+        const int rows = (int)(s->rows - row < ROWS ? s->rows - row : ROWS);
+        for (int64_t token = 0; token < p->tokens.count; token += TILE) {
+            const int count = tz_tile(&p->tokens, token);
+            float tile[TILE * ROWS];
+            if (s->record_bytes)
+                p->kernels->int8(s, p->weights + row * s->record_bytes, rows, &p->tokens, token, tile);
+            else
+                p->kernels->ternary(s, p->weights + block * s->block_bytes, &p->tokens, token, tile);
+            p->kernels->store(tile, p->bias ? p->bias + row : NULL, rows, count, s->rows,
+                              p->y + (token * s->rows + row) * size, p->dtype);
+        }
+    }
+}
+
+/* One piece of memory for all that `tokens` points to; NULL where there is none. */
+static void *make_room(const tz_shape *s, tz_tokens *t) {
+    const size_t pieces = (size_t)(t->count * s->pieces), all = pieces * (size_t)s->stride;
+    const size_t size = 3 * pieces * sizeof(float) + all * (t->exact ? sizeof(float) : 1);
+    char *room = malloc(size);
+    if (!room) return NULL;
+    t->sum = (float *)room;
+    t->scale = t->sum + pieces;
+    t->minus_sum = (int32_t *)(t->scale + pieces);
+    t->values = (float *)(t->minus_sum + pieces);
+    t->codes = (int8_t *)t->values;
+    return room;
+}
+
+enum { CHUNK = 256, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19 };
+
+/* A second thread costs some microseconds: below half a million products one is faster. */
+static int useful_threads(const tz_shape *s, int64_t tokens, int threads) {
+    return (double)s->rows * (double)s->columns * (double)tokens < LEAST_WORK ? 1 : threads;
+}
+
+static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, const void *x, void *y, int64_t tokens,
+                  int dtype, int exact, int threads) {
+    const int64_t size = dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}};
+    p.tokens.count = tokens < CHUNK ? tokens : CHUNK;
+    void *room = make_room(s, &p.tokens);
+    if (!room) return -1;
+    for (int64_t token = 0; token < tokens; token += CHUNK) {
+        p.x = (const char *)x + token * s->columns * size;
+        p.y = (char *)y + token * s->rows * size;
+        p.tokens.count = tokens - token < CHUNK ? tokens - token : CHUNK;
+        threads = useful_threads(s, p.tokens.count, threads);
+        tz_run(prepare_tokens, &p, p.tokens.count, TOKEN_GRAIN, threads);
+        tz_run(multiply, &p, divide_up(s->rows, ROWS), 1, threads);
+    }
+    free(room);
+    return 0;
+}
+
+int tz_ternary_linear(const tz_shape *s, const uint8_t *packed, const float *bias, const void *x, void *y,
+                      int64_t tokens, int dtype, int exact, int threads) {
+    return linear(s, packed, bias, x, y, tokens, dtype, exact, threads);
+}
+
+int tz_int8_linear(const tz_shape *s, const uint8_t *records, const float *bias, const void *x, void *y,
+                   int64_t tokens, int dtype, int exact, int threads) {
+    return linear(s, records, bias, x, y, tokens, dtype, exact, threads);
+}

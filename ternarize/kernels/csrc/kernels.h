@@ -1,0 +1,24 @@
+/* What one path provides. The tables are defined in the file of the instruction set, and joined in dispatch.c. */
+#pragma once
+
+#include "layout.h"
+#include "ternarize.h"
+
+typedef struct {
+    const char *name;
+    int five_a_byte;
+
+    /* x, `dtype` [.., columns], tokens first .. last -> tokens. */
+    void (*prepare)(const tz_shape *, const void *x, int dtype, tz_tokens *, int64_t first, int64_t last);
+
+    /* One block of rows and the tile of tokens that begins with `first` -> y [count][16]. */
+    void (*ternary)(const tz_shape *, const uint8_t *block, const tz_tokens *, int64_t first, float *y);
+
+    /* The same with up to 16 rows of an int8 table. */
+    void (*int8)(const tz_shape *, const uint8_t *records, int rows, const tz_tokens *, int64_t first, float *y);
+
+    /* y [count][16], of which `rows` count -> out [.., O] in `dtype`. */
+    void (*store)(const float *y, const float *bias, int rows, int count, int64_t out_stride, void *out, int dtype);
+} tz_kernels;
+
+extern const tz_kernels tz_scalar, tz_avx2, tz_avx512vnni, tz_avx512vbmi, tz_neon;

@@ -1,0 +1,72 @@
+/* How weights and activations lie in memory. Shared by all paths.
+ *
+ * A row's groups are cut into pieces of at most 128 columns (64 in int8 tables). A piece has one scale and shift of the
+ * weight (its group's) and one scale of the activations; sums are exact integers inside it, floats between pieces.
+ *
+ * A ternary weight is a sequence of blocks of 16 rows (the last is filled up with rows of zeros). A block:
+ *
+ *   for each piece
+ *     vectors  64 bytes each                  columns in quads: byte 4 r + j holds row r, column 4 i + j of a quad i
+ *                2 bits:       4 quads a byte   code0 + 4 code1 + 16 code2 + 64 code3
+ *                five a byte:  5 quads a byte   code0 + 3 code1 + 9 code2 + 27 code3 + 81 code4
+ *     tails    16 bytes a quad                what no vector is full of, 2 bits: bits 2 f of byte 4 i + j hold
+ *                                             row 4 f + i, column j
+ *     scales   fp16 [16]
+ *     shifts   fp16 [16], where there are any
+ *
+ * with code = trit + 1. Columns behind a piece's end meet activations that are 0. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { ROWS = 16, QUAD = 4, PIECE = 128, INT8_PIECE = 64 };
+enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32 };
+
+typedef struct {
+    int64_t start;            /* first column */
+    int64_t group;            /* whose scale and shift it has */
+    int columns;
+    int vectors, tails;       /* of a ternary block */
+    int bytes;                /* of a ternary block, scales and shifts too */
+} tz_piece;
+
+struct tz_shape {
+    int path;
+    int has_shift;
+    int64_t rows, columns, groups, pieces;
+    int64_t width;            /* columns of a vector: 16 with 2 bits, 20 with five trits a byte */
+    int64_t stride;           /* activations of a piece, with its filling */
+    int64_t block_bytes;      /* of a ternary weight */
+    int64_t record_bytes;     /* of an int8 row */
+    tz_piece piece[];
+};
+
+/* Activations of some tokens, as kernels read them: tiles of up to 8 tokens, in each the pieces, in each its tokens,
+ * one place each (see tz_place). */
+enum { TILE = 8 };
+
+typedef struct {
+    int exact;
+    int64_t count;
+    int8_t *codes;            /* [places][stride], int8 activations */
+    float *values;            /* [places][stride], float activations (exact) */
+    float *scale;             /* [places], of the codes; NaN where an activation is not finite */
+    int32_t *minus_sum;       /* [places], minus the sum of the codes */
+    float *sum;               /* [places], of the activations themselves */
+} tz_tokens;
+
+typedef struct tz_shape tz_shape;
+
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+/* Tokens in the tile that begins with token `first`. */
+static inline int tz_tile(const tz_tokens *t, int64_t first) {
+    return (int)(t->count - first < TILE ? t->count - first : TILE);
+}
+
+/* The place of the first of `count` tokens of a tile in a piece; the others follow. */
+static inline int64_t tz_place(const tz_shape *s, int64_t first, int count, int64_t piece) {
+    return first * s->pieces + piece * count;
+}

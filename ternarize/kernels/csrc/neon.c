@@ -1,0 +1,130 @@
+/* NEON with the dot product of Armv8.2: 2-bit codes, four registers of four rows. */
+#define FIELDS 4
+#include <arm_neon.h>
+
+#include "floats.h"
+#include "layout.h"
+
+typedef int32x4x4_t ivec;
+typedef float32x4x4_t fvec;
+typedef int8x16x4_t quad;
+typedef struct {
+    quad field[FIELDS];
+} codes;
+
+#define CHAINS(tokens) 1
+#define EACH _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+
+static inline ivec i_set(int32_t value) {
+    const int32x4_t all = vdupq_n_s32(value);
+    return (ivec){{all, all, all, all}};
+}
+static inline ivec i_add(ivec a, ivec b) {
+    EACH a.val[i] = vaddq_s32(a.val[i], b.val[i]);
+    return a;
+}
+static inline fvec f_set(float value) {
+    const float32x4_t all = vdupq_n_f32(value);
+    return (fvec){{all, all, all, all}};
+}
+static inline fvec f_from(ivec a) {
+    fvec out;
+    EACH out.val[i] = vcvtq_f32_s32(a.val[i]);
+    return out;
+}
+static inline fvec f_mul(fvec a, fvec b) {
+    EACH a.val[i] = vmulq_f32(a.val[i], b.val[i]);
+    return a;
+}
+static inline fvec f_fma(fvec a, fvec b, fvec c) {
+    EACH c.val[i] = vfmaq_f32(c.val[i], a.val[i], b.val[i]);
+    return c;
+}
+static inline void f_store(float *out, fvec a) { EACH vst1q_f32(out + 4 * i, a.val[i]); }
+static inline float f_sum(fvec a) {
+    return vaddvq_f32(vaddq_f32(vaddq_f32(a.val[0], a.val[1]), vaddq_f32(a.val[2], a.val[3])));
+}
+static inline float half_scalar(const uint8_t *half) {
+    uint16_t bits;
+    memcpy(&bits, half, sizeof bits);
+    return from_float16(bits);
+}
+static inline fvec f_halves(const uint8_t *halves) {
+    fvec out;
+    EACH out.val[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(halves + 8 * i)));
+    return out;
+}
+
+static inline int8x16_t two_bits(uint8x16_t bytes) { return vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(3))); }
+
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return *sums;
+}
+
+static inline codes unpack(const uint8_t *bytes, int chains) {
+    (void)chains;
+    codes out;
+    EACH {
+        const uint8x16_t all = vld1q_u8(bytes + 16 * i);
+        out.field[0].val[i] = two_bits(all);
+        out.field[1].val[i] = two_bits(vshrq_n_u8(all, 2));
+        out.field[2].val[i] = two_bits(vshrq_n_u8(all, 4));
+        out.field[3].val[i] = two_bits(vshrq_n_u8(all, 6));
+    }
+    return out;
+}
+
+static inline quad unpack_tail(const uint8_t *bytes) {
+    const uint8x16_t all = vld1q_u8(bytes);
+    return (quad){
+        {two_bits(all), two_bits(vshrq_n_u8(all, 2)), two_bits(vshrq_n_u8(all, 4)), two_bits(vshrq_n_u8(all, 6))}};
+}
+
+static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
+    int32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(bits));
+    EACH sum.val[i] = vdotq_s32(sum.val[i], q.val[i], a);
+    return sum;
+}
+
+static inline __attribute__((always_inline)) void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
+    (void)chains;
+    _Pragma("GCC unroll 4") for (int f = 0; f < FIELDS; f++) *sums = dot_quad(*sums, c->field[f], x + QUAD * f);
+}
+
+static inline float32x4_t trits_of(int8x16_t q, int column) {
+    const int32x4_t moved = vshlq_s32(vreinterpretq_s32_s8(q), vdupq_n_s32(-8 * column));
+    return vcvtq_f32_s32(vsubq_s32(vandq_s32(moved, vdupq_n_s32(3)), vdupq_n_s32(1)));
+}
+
+static inline fvec fma_quad(fvec sum, quad q, const float *x) {
+    for (int j = 0; j < QUAD; j++)
+        EACH sum.val[i] = vfmaq_n_f32(sum.val[i], trits_of(q.val[i], j), x[j]);
+    return sum;
+}
+
+typedef int8x16x4_t int8s;
+static inline int8s load_int8(const int8_t *weights) { return vld1q_s8_x4(weights); }
+static inline ivec dot_int8(int8s w, const int8_t *x) {
+    ivec sum = i_set(0);
+    EACH sum.val[i] = vdotq_s32(sum.val[i], w.val[i], vld1q_s8(x + 16 * i));
+    return sum;
+}
+
+static inline fvec fma_int8(const int8_t *weights, const float *x) {
+    fvec sum = f_set(0);
+    EACH {
+        const int8x16_t w = vld1q_s8(weights + 16 * i);
+        const int16x8_t low = vmovl_s8(vget_low_s8(w)), high = vmovl_s8(vget_high_s8(w));
+        const ivec wide = {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
+                            vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))}};
+        sum = f_fma(f_from(wide), vld1q_f32_x4(x + 16 * i), sum);
+    }
+    return sum;
+}
+
+#include "tile.h"
+
+const tz_kernels tz_neon = KERNELS("neon", 0);

@@ -1,0 +1,118 @@
+/* Portable C: right everywhere, fast nowhere. The other paths are checked against the reference as this one is. */
+#define FIELDS 4
+#include "floats.h"
+#include "layout.h"
+
+typedef struct {
+    int32_t lane[ROWS];
+} ivec;
+typedef struct {
+    float lane[ROWS];
+} fvec;
+typedef struct {
+    uint8_t byte[VECTOR_BYTES];
+} quad;
+typedef struct {
+    quad field[FIELDS];
+} codes;
+
+#define CHAINS(tokens) 1
+#undef ANY_COUNT
+#define ANY_COUNT 1
+#define EACH_LANE for (int i = 0; i < ROWS; i++)
+
+static inline ivec i_set(int32_t value) {
+    ivec out;
+    EACH_LANE out.lane[i] = value;
+    return out;
+}
+static inline ivec i_add(ivec a, ivec b) {
+    EACH_LANE a.lane[i] += b.lane[i];
+    return a;
+}
+static inline fvec f_set(float value) {
+    fvec out;
+    EACH_LANE out.lane[i] = value;
+    return out;
+}
+static inline fvec f_from(ivec a) {
+    fvec out;
+    EACH_LANE out.lane[i] = (float)a.lane[i];
+    return out;
+}
+static inline fvec f_mul(fvec a, fvec b) {
+    EACH_LANE a.lane[i] *= b.lane[i];
+    return a;
+}
+static inline fvec f_fma(fvec a, fvec b, fvec c) {
+    EACH_LANE c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+}
+static inline void f_store(float *out, fvec a) { memcpy(out, a.lane, sizeof a.lane); }
+static inline float f_sum(fvec a) {
+    float sum = 0;
+    EACH_LANE sum += a.lane[i];
+    return sum;
+}
+static inline float half_scalar(const uint8_t *half) {
+    uint16_t bits;
+    memcpy(&bits, half, sizeof bits);
+    return from_float16(bits);
+}
+static inline fvec f_halves(const uint8_t *halves) {
+    fvec out;
+    EACH_LANE out.lane[i] = half_scalar(halves + HALF_BYTES * i);
+    return out;
+}
+
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return *sums;
+}
+
+static inline codes unpack(const uint8_t *bytes, int chains) {
+    (void)chains;
+    codes out;
+    for (int f = 0; f < FIELDS; f++)
+        for (int i = 0; i < VECTOR_BYTES; i++) out.field[f].byte[i] = bytes[i] >> 2 * f & 3;
+    return out;
+}
+
+static inline quad unpack_tail(const uint8_t *bytes) {
+    quad out;
+    for (int i = 0; i < VECTOR_BYTES; i++) out.byte[i] = bytes[i % TAIL_BYTES] >> 2 * (i / TAIL_BYTES) & 3;
+    return out;
+}
+
+static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
+    EACH_LANE for (int j = 0; j < QUAD; j++) sum.lane[i] += q.byte[QUAD * i + j] * x[j];
+    return sum;
+}
+
+static inline void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
+    (void)chains;
+    for (int f = 0; f < FIELDS; f++) *sums = dot_quad(*sums, c->field[f], x + QUAD * f);
+}
+
+static inline fvec fma_quad(fvec sum, quad q, const float *x) {
+    EACH_LANE for (int j = 0; j < QUAD; j++) sum.lane[i] += (float)(q.byte[QUAD * i + j] - 1) * x[j];
+    return sum;
+}
+
+typedef const int8_t *int8s;
+static inline int8s load_int8(const int8_t *weights) { return weights; }
+static inline ivec dot_int8(int8s w, const int8_t *x) {
+    ivec sum = i_set(0);
+    for (int j = 0; j < INT8_PIECE; j += ROWS) EACH_LANE sum.lane[i] += w[j + i] * x[j + i];
+    return sum;
+}
+
+static inline fvec fma_int8(const int8_t *weights, const float *x) {
+    fvec sum = f_set(0);
+    for (int j = 0; j < INT8_PIECE; j += ROWS) EACH_LANE sum.lane[i] += (float)weights[j + i] * x[j + i];
+    return sum;
+}
+
+#include "tile.h"
+
+const tz_kernels tz_scalar = KERNELS("scalar", 0);

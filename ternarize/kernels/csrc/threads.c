@@ -1,0 +1,144 @@
+/* A small pool of threads that wait passively.
+ *
+ * The caller takes parts of its work like any helper, so it never waits for a thread that has not begun: a helper that
+ * the operating system wakes late finds nothing left. Helpers look for work for some microseconds before they sleep,
+ * because the next linear of a model follows soon. */
+#include "threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <time.h>
+
+enum { MOST_HELPERS = 255, LOOKS = 64, NANOSECONDS_AWAKE = 30000 };
+
+typedef struct {
+    tz_work work;
+    void *context;
+    int64_t total, part;
+    _Atomic int64_t next;
+} job;
+
+static struct {
+    pthread_mutex_t taken;         /* held by whose work it is */
+    pthread_mutex_t lock;          /* of all below */
+    pthread_cond_t begun, left;
+    job *job;                      /* NULL while there is none */
+    int helpers, seats, inside;
+    _Atomic unsigned round;        /* counts jobs; read without the lock by helpers that are still awake */
+} pool = {
+    .taken = PTHREAD_MUTEX_INITIALIZER,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+    .begun = PTHREAD_COND_INITIALIZER,
+    .left = PTHREAD_COND_INITIALIZER,
+};
+
+/* A forked child has none of its parent's helpers, and may have copied locks that nobody will open. */
+static void start_afresh(void) {
+    pthread_mutex_init(&pool.taken, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.begun, NULL);
+    pthread_cond_init(&pool.left, NULL);
+    pool.job = NULL;
+    pool.helpers = pool.seats = pool.inside = 0;
+}
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, start_afresh); }
+
+static void work_on(job *j) {
+    for (;;) {
+        const int64_t first = atomic_fetch_add(&j->next, j->part);
+        if (first >= j->total) return;
+        j->work(j->context, first, first + j->part < j->total ? first + j->part : j->total);
+    }
+}
+
+static int64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000ll + time.tv_nsec;
+}
+
+static void rest(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void look_for_work(unsigned seen) {
+    const int64_t until = now() + NANOSECONDS_AWAKE;
+    do
+        for (int i = 0; i < LOOKS; i++) {
+            if (atomic_load_explicit(&pool.round, memory_order_relaxed) != seen) return;
+            rest();
+        }
+    while (now() < until);
+}
+
+static void *help(void *unused) {
+    unsigned seen = 0;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (!pool.job || pool.round == seen || pool.seats == 0) {
+            seen = pool.round;
+            pthread_mutex_unlock(&pool.lock);
+            look_for_work(seen);
+            pthread_mutex_lock(&pool.lock);
+            if (pool.round == seen) pthread_cond_wait(&pool.begun, &pool.lock);
+        }
+        job *j = pool.job;
+        seen = pool.round;
+        pool.seats--;
+        pool.inside++;
+        pthread_mutex_unlock(&pool.lock);
+        work_on(j);
+        pthread_mutex_lock(&pool.lock);
+        if (--pool.inside == 0) pthread_cond_signal(&pool.left);
+    }
+    return unused;
+}
+
+/* Signals are for the threads of the program, so helpers are born with all of them blocked. */
+static void add_helpers(int wanted) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (pool.helpers < wanted) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, help, NULL)) break;
+        pthread_detach(thread);
+        pool.helpers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static void share(job *j, int helpers) {
+    pthread_mutex_lock(&pool.lock);
+    add_helpers(helpers < MOST_HELPERS ? helpers : MOST_HELPERS);
+    pool.job = j;
+    pool.seats = helpers;
+    atomic_fetch_add(&pool.round, 1);
+    pthread_cond_broadcast(&pool.begun);
+    pthread_mutex_unlock(&pool.lock);
+    work_on(j);
+    pthread_mutex_lock(&pool.lock);
+    pool.job = NULL;
+    while (pool.inside > 0) pthread_cond_wait(&pool.left, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+void tz_run(tz_work work, void *context, int64_t total, int64_t grain, int threads) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
+    if (threads <= 1 || total <= grain || pthread_mutex_trylock(&pool.taken)) {
+        work(context, 0, total);
+        return;
+    }
+    const int64_t parts = 4 * (int64_t)threads;               /* so that a thread that is held up delays little */
+    const int64_t part = (total / parts / grain + 1) * grain;
+    job j = {work, context, total, part, 0};
+    share(&j, threads - 1);
+    pthread_mutex_unlock(&pool.taken);
+}

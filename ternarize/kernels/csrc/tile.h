@@ -1,0 +1,275 @@
+/* The loops that all paths share. A path defines the types and primitives below, then includes this file.
+ *
+ *   ivec, fvec                  16 lanes of int32 and of float
+ *   quad                        64 bytes: 4 columns of 16 rows, one code 0..2 a byte
+ *   codes                       the FIELDS quads of one vector
+ *   CHAINS(tokens)              into how many sums a path adds, where one would have to wait for itself
+ *   unpack(bytes, chains)       64 bytes -> codes; with several chains a path may leave them multiplied by
+ *   join(sums, chains)          ... what this divides by: one sum of several
+ *   unpack_tail(bytes)          16 bytes -> quad
+ *   dot_codes(sums, chains, codes *, x)    add the products with 4 FIELDS int8 activations
+ *   dot_quad(sum, quad, x)                 ... with 4
+ *   fma_quad(sum, quad, x)                 ... of trits with 4 floats
+ *   int8s, load_int8(weights)   64 int8 weights
+ *   dot_int8(int8s, x)          64 products with int8 activations, summed in any way into 16 lanes
+ *   fma_int8(weights, x)        64 products with float activations, likewise
+ *   half_scalar, and i_/f_ functions whose names say what they do
+ */
+#include "floats.h"
+#include "kernels.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#if ANY_COUNT
+#define UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+enum { LANES = 16, CACHE_LINE = 64, AHEAD = 2048 };
+
+/* -- activations ------------------------------------------------------------------------------------------------ */
+
+static void read_activations(const void *x, int dtype, int64_t start, int columns, float *restrict out) {
+    const uint16_t *half = (const uint16_t *)x + start;
+    if (dtype == TZ_FLOAT32)
+        memcpy(out, (const float *)x + start, (size_t)columns * sizeof(float));
+    else if (dtype == TZ_BFLOAT16)
+        for (int i = 0; i < columns; i++) out[i] = from_bfloat16(half[i]);
+    else
+        for (int i = 0; i < columns; i++) out[i] = from_float16(half[i]);
+}
+
+static ALWAYS_INLINE float sum_of(const float *restrict values) {
+    float part[LANES] = {0}, sum = 0;
+    for (int i = 0; i < PIECE; i += LANES)
+        for (int j = 0; j < LANES; j++) part[j] += values[i + j];
+    for (int j = 0; j < LANES; j++) sum += part[j];
+    return sum;
+}
+
+static ALWAYS_INLINE float largest_of(const float *restrict values) {
+    uint32_t largest = 0;                                     /* bits of |x| are ordered as |x|, and NaN is above all */
+    for (int i = 0; i < PIECE; i++) {
+        const uint32_t size = bits_of(values[i]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    return float_of(largest);
+}
+
+/* Round 128 activations to int8 codes; the scale that undoes it. */
+static ALWAYS_INLINE float round_codes(const float *restrict values, int8_t *restrict codes, int32_t *minus_sum) {
+    const float largest = largest_of(values);
+    const int usable = largest >= 0x1p-118f && largest <= 0x1.fffffep127f;
+    const float inverse = usable ? 127.0f / largest : 0.0f;
+    int32_t sum = 0;
+    for (int i = 0; i < PIECE; i++) {
+        const float value = usable ? values[i] * inverse : 0.0f;
+        const int32_t code = (int32_t)(bits_of(value + 0x1.8p23f) - bits_of(0x1.8p23f));   /* to the nearest, even */
+        codes[i] = (int8_t)code;
+        sum += code;
+    }
+    *minus_sum = -sum;
+    if (usable) return largest / 127.0f;
+    return largest < 1.0f ? 0.0f : float_of(0x7fc00000);
+}
+
+static void prepare(const tz_shape *s, const void *x, int dtype, tz_tokens *t, int64_t first, int64_t last) {
+    const int64_t size = dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    for (int64_t token = first; token < last; token++) {
+        const void *row = (const char *)x + token * s->columns * size;
+        const int64_t begin = token / TILE * TILE;
+        for (int64_t p = 0; p < s->pieces; p++) {
+            const int64_t at = tz_place(s, begin, tz_tile(t, begin), p) + token - begin;
+            float values[PIECE] = {0};
+            read_activations(row, dtype, s->piece[p].start, s->piece[p].columns, values);
+            t->sum[at] = sum_of(values);
+            if (t->exact) {
+                memcpy(t->values + at * s->stride, values, (size_t)s->stride * sizeof(float));
+            } else {
+                int8_t codes[PIECE];
+                t->scale[at] = round_codes(values, codes, &t->minus_sum[at]);
+                memcpy(t->codes + at * s->stride, codes, (size_t)s->stride);
+            }
+        }
+    }
+}
+
+/* -- ternary weights -------------------------------------------------------------------------------------------- */
+
+/* A matrix is read once, in order, from memory: ask for what comes next, also across blocks. */
+static ALWAYS_INLINE void prefetch(const uint8_t *w, int bytes) {
+    for (int b = 0; b < bytes; b += CACHE_LINE) __builtin_prefetch(w + AHEAD + b);
+}
+
+static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
+                                       int64_t first, float *y) {
+    const int chains = CHAINS(count);
+    const int64_t stride = s->stride;
+    fvec out[TILE];
+    UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
+    for (int64_t p = 0; p < s->pieces; p++) {
+        const int64_t at = tz_place(s, first, count, p);
+        const int8_t *x = t->codes + at * stride;
+        prefetch(w, s->piece[p].bytes);
+        ivec dot[TILE][4];
+        UNROLL for (int m = 0; m < count; m++) {
+            dot[m][0] = i_set(t->minus_sum[at + m]);        /* codes are trits + 1 */
+            UNROLL for (int c = 1; c < chains; c++) dot[m][c] = i_set(0);
+        }
+        for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES, x += QUAD * FIELDS) {
+            const codes c = unpack(w, chains);
+            UNROLL for (int m = 0; m < count; m++) dot_codes(dot[m], chains, &c, x + m * stride);
+        }
+        for (int v = s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
+            const quad q = unpack_tail(w);
+            UNROLL for (int m = 0; m < count; m++) dot[m][0] = dot_quad(dot[m][0], q, x + m * stride);
+        }
+        const fvec scale = f_halves(w);
+        w += LEVEL_BYTES;
+        UNROLL for (int m = 0; m < count; m++) {
+            const ivec whole = join(dot[m], chains);
+            const fvec sum = f_mul(f_from(whole), f_set(t->scale[at + m]));
+            out[m] = f_fma(scale, sum, out[m]);
+        }
+        if (s->has_shift) {
+            const fvec shift = f_halves(w);
+            w += LEVEL_BYTES;
+            UNROLL for (int m = 0; m < count; m++)
+                out[m] = f_fma(shift, f_set(t->sum[at + m]), out[m]);
+        }
+    }
+    UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
+}
+
+static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
+                                        int64_t first, float *y) {
+    const int64_t stride = s->stride;
+    fvec out[TILE];
+    UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
+    for (int64_t p = 0; p < s->pieces; p++) {
+        const int64_t at = tz_place(s, first, count, p);
+        const float *x = t->values + at * stride;
+        prefetch(w, s->piece[p].bytes);
+        fvec sum[TILE];
+        UNROLL for (int m = 0; m < count; m++) sum[m] = f_set(0);
+        for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
+            const codes c = unpack(w, 1);
+            UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD)
+                UNROLL for (int m = 0; m < count; m++)
+                    sum[m] = fma_quad(sum[m], c.field[f], x + m * stride);
+        }
+        for (int v = s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
+            const quad q = unpack_tail(w);
+            UNROLL for (int m = 0; m < count; m++) sum[m] = fma_quad(sum[m], q, x + m * stride);
+        }
+        const fvec scale = f_halves(w);
+        w += LEVEL_BYTES;
+        UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(scale, sum[m], out[m]);
+        if (s->has_shift) {
+            const fvec shift = f_halves(w);
+            w += LEVEL_BYTES;
+            UNROLL for (int m = 0; m < count; m++)
+                out[m] = f_fma(shift, f_set(t->sum[at + m]), out[m]);
+        }
+    }
+    UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
+}
+
+/* -- int8 tables ------------------------------------------------------------------------------------------------ */
+
+/* A piece's weights, filled up with zeros to 64: nothing behind a table's end is read. */
+static ALWAYS_INLINE const int8_t *whole_vector(const int8_t *weights, int columns, int8_t *room) {
+    if (columns == INT8_PIECE) return weights;
+    memset(room, 0, INT8_PIECE);
+    memcpy(room, weights, (size_t)columns);
+    return room;
+}
+
+static ALWAYS_INLINE void int8_row(const int count, const int exact, const tz_shape *s, const uint8_t *record,
+                                   const tz_tokens *t, int64_t first, float *y) {
+    fvec out[TILE];
+    UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
+    for (int64_t p = 0; p < s->pieces; p++) {
+        const tz_piece *piece = &s->piece[p];
+        const int64_t at = tz_place(s, first, count, p);
+        int8_t room[INT8_PIECE];
+        const int8_t *weights = whole_vector((const int8_t *)record + piece->start, piece->columns, room);
+        const fvec scale = f_set(half_scalar(record + s->columns + piece->group * HALF_BYTES));
+        prefetch(record + piece->start, INT8_PIECE);
+        if (exact) {
+            const float *x = t->values + at * INT8_PIECE;
+            UNROLL for (int m = 0; m < count; m++)
+                out[m] = f_fma(scale, fma_int8(weights, x + m * INT8_PIECE), out[m]);
+        } else {
+            const int8_t *x = t->codes + at * INT8_PIECE;
+            const int8s w = load_int8(weights);
+            UNROLL for (int m = 0; m < count; m++) {
+                const fvec both = f_mul(scale, f_set(t->scale[at + m]));
+                out[m] = f_fma(both, f_from(dot_int8(w, x + m * INT8_PIECE)), out[m]);
+            }
+        }
+    }
+    UNROLL for (int m = 0; m < count; m++) y[m * ROWS] = f_sum(out[m]);
+}
+
+/* -- one function for each number of tokens, so that all sums stay in registers; or one for all (ANY_COUNT) -------- */
+
+#if ANY_COUNT
+#define EACH_COUNT(call) call(count);
+#else
+#define EACH_COUNT(call)        \
+    switch (count) {            \
+        case 1: call(1); break; \
+        case 2: call(2); break; \
+        case 3: call(3); break; \
+        case 4: call(4); break; \
+        case 5: call(5); break; \
+        case 6: call(6); break; \
+        case 7: call(7); break; \
+        default: call(8);       \
+    }
+#endif
+
+static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t, int64_t first, float *y) {
+    const int count = tz_tile(t, first);
+#define EXACT(n) ternary_exact(n, s, block, t, first, y)
+#define INT8(n) ternary_int8(n, s, block, t, first, y)
+    if (t->exact)
+        EACH_COUNT(EXACT)
+    else
+        EACH_COUNT(INT8)
+#undef EXACT
+#undef INT8
+}
+
+static void int8(const tz_shape *s, const uint8_t *records, int rows, const tz_tokens *t, int64_t first, float *y) {
+    const int count = tz_tile(t, first);
+#define EXACT(n) int8_row(n, 1, s, records + r * s->record_bytes, t, first, y + r)
+#define INT8(n) int8_row(n, 0, s, records + r * s->record_bytes, t, first, y + r)
+    for (int r = 0; r < rows; r++) {
+        if (t->exact)
+            EACH_COUNT(EXACT)
+        else
+            EACH_COUNT(INT8)
+    }
+#undef EXACT
+#undef INT8
+}
+
+static void store(const float *y, const float *bias, int rows, int count, int64_t out_stride, void *out, int dtype) {
+    for (int m = 0; m < count; m++) {
+        float value[ROWS];
+        uint16_t half[ROWS];
+        for (int r = 0; r < ROWS; r++) value[r] = y[m * ROWS + r];
+        if (bias)
+            for (int r = 0; r < rows; r++) value[r] += bias[r];
+        if (dtype == TZ_FLOAT32) {
+            memcpy((float *)out + m * out_stride, value, (size_t)rows * sizeof(float));
+            continue;
+        }
+        for (int r = 0; r < ROWS; r++) half[r] = dtype == TZ_BFLOAT16 ? to_bfloat16(value[r]) : to_float16(value[r]);
+        memcpy((uint16_t *)out + m * out_stride, half, (size_t)rows * sizeof(uint16_t));
+    }
+}
+
+#define KERNELS(path, five) {path, five, prepare, ternary, int8, store}

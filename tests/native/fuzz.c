@@ -1,0 +1,186 @@
+/* Random shapes, values and batches through every path of this machine, against sums in double precision.
+ *
+ *     ./fuzz ROUNDS SEED          tests/test_native.py builds and runs it
+ *
+ * Every buffer has exactly the size that the interface asks for, so that a sanitizer sees a byte too far. */
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../ternarize/kernels/csrc/floats.h"
+#include "../../ternarize/kernels/csrc/ternarize.h"
+
+static uint64_t state;
+
+static uint32_t draw(uint32_t below) {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return (uint32_t)(state >> 33) % below;
+}
+
+static float uniform(void) { return (float)draw(1u << 24) / (1 << 23) - 1; }
+
+static void *room(size_t bytes) {
+    void *out = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!out) exit(2);
+    return out;
+}
+
+typedef struct {
+    int rows, columns, group, groups, tokens, shift, bias, dtype, exact, threads;
+} task;
+
+static float stored(float value, int dtype, void *out, size_t at) {
+    if (dtype == TZ_FLOAT32) return ((float *)out)[at] = value;
+    const uint16_t half = dtype == TZ_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+    ((uint16_t *)out)[at] = half;
+    return dtype == TZ_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
+}
+
+static float loaded(const void *in, int dtype, size_t at) {
+    if (dtype == TZ_FLOAT32) return ((const float *)in)[at];
+    const uint16_t half = ((const uint16_t *)in)[at];
+    return dtype == TZ_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
+}
+
+/* What a product may differ by: half a step of the activations times what of each weight meets them rounded (`part`;
+ * a shift meets their exact sum), and rounding of sums and of the result. */
+static int compare(const task *t, const char *path, const double *weight, const double *part, const float *x,
+                   const float *bias, const void *y) {
+    for (int m = 0; m < t->tokens; m++)
+        for (int o = 0; o < t->rows; o++) {
+            double want = bias ? bias[o] : 0, size = fabs(want), slack = 0;
+            for (int g = 0; g < t->groups; g++) {
+                float largest = 0;
+                double parts = 0;
+                for (int i = g * t->group; i < t->columns && i < (g + 1) * t->group; i++) {
+                    const double w = weight[(size_t)o * t->columns + i], a = x[(size_t)m * t->columns + i];
+                    want += w * a;
+                    size += fabs(w * a);
+                    parts += fabs(part[(size_t)o * t->columns + i]);
+                    largest = fmaxf(largest, fabsf((float)a));
+                }
+                slack += parts * largest / 254;
+            }
+            const double relative = t->dtype == TZ_FLOAT32 ? 0 : t->dtype == TZ_BFLOAT16 ? 0x1p-8 : 0x1p-10;
+            const double allowed = 2e-6 * size + relative * fabs(want) + 1e-7 + (t->exact ? 0 : 1.01 * slack);
+            const double got = loaded(y, t->dtype, (size_t)m * t->rows + o);
+            if (!(fabs(got - want) <= allowed)) {
+                printf("%s: %d x %d group %d tokens %d dtype %d exact %d: y[%d][%d] is %g, not %g (within %g)\n", path,
+                       t->rows, t->columns, t->group, t->tokens, t->dtype, t->exact, m, o, got, want, allowed);
+                return 1;
+            }
+        }
+    return 0;
+}
+
+static int ternary(const task *t, int path, const float *x, const void *input, const float *bias) {
+    const size_t rows = (size_t)t->rows, columns = (size_t)t->columns, levels = rows * (size_t)t->groups;
+    const size_t bytes = (columns + 4) / 5;
+    uint8_t *trits = malloc(rows * bytes);
+    uint16_t *scale = malloc(levels * 2), *shift = malloc(levels * 2);
+    double *weight = malloc(rows * columns * sizeof *weight), *part = malloc(rows * columns * sizeof *part);
+    for (size_t i = 0; i < levels; i++) {
+        scale[i] = to_float16(0.02f + fabsf(uniform()));
+        shift[i] = to_float16(uniform());
+    }
+    for (size_t o = 0; o < rows; o++)
+        for (size_t b = 0; b < bytes; b++) {
+            int byte = 0;
+            for (size_t d = 0, power = 1; d < 5; d++, power *= 3) {
+                const size_t i = 5 * b + d, level = o * (size_t)t->groups + i / (size_t)t->group;
+                const int digit = i < columns ? (int)draw(3) : 1;
+                byte += digit * (int)power;
+                if (i >= columns) continue;
+                part[o * columns + i] = (double)from_float16(scale[level]) * (digit - 1);
+                weight[o * columns + i] = part[o * columns + i] + (t->shift ? from_float16(shift[level]) : 0);
+            }
+            trits[o * bytes + b] = (uint8_t)byte;
+        }
+    tz_shape *s = tz_ternary_shape(path, t->rows, t->columns, t->group, t->shift);
+    uint8_t *packed = room((size_t)tz_packed_bytes(s));
+    void *y = malloc(rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
+    memset(y, 0xff, rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
+    tz_pack_ternary(s, trits, scale, t->shift ? shift : NULL, packed, t->threads);
+    int failed = tz_ternary_linear(s, packed, bias, input, y, t->tokens, t->dtype, t->exact, t->threads);
+    failed |= compare(t, tz_path_name(path), weight, part, x, bias, y);
+    tz_free_shape(s);
+    free(trits), free(scale), free(shift), free(weight), free(part), free(packed), free(y);
+    return failed;
+}
+
+static int int8(const task *t, int path, const float *x, const void *input, const float *bias) {
+    const size_t rows = (size_t)t->rows, columns = (size_t)t->columns, record = columns + 2 * (size_t)t->groups;
+    uint8_t *records = malloc(rows * record);
+    double *weight = malloc(rows * columns * sizeof *weight);
+    for (size_t o = 0; o < rows; o++) {
+        uint8_t *codes = records + o * record;
+        for (int g = 0; g < t->groups; g++) {
+            const uint16_t scale = to_float16(0.001f + fabsf(uniform()) / 100);
+            memcpy(codes + columns + 2 * g, &scale, 2);
+            for (int i = g * t->group; i < t->columns && i < (g + 1) * t->group; i++) {
+                const int code = (int)draw(255) - 127;
+                codes[i] = (uint8_t)code;
+                weight[o * columns + (size_t)i] = (double)from_float16(scale) * code;
+            }
+        }
+    }
+    tz_shape *s = tz_int8_shape(path, t->rows, t->columns, t->group);
+    void *y = malloc(rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
+    int failed = tz_int8_linear(s, records, bias, input, y, t->tokens, t->dtype, t->exact, t->threads);
+    failed |= compare(t, tz_path_name(path), weight, weight, x, bias, y);
+    tz_free_shape(s);
+    free(records), free(weight), free(y);
+    return failed;
+}
+
+static int one_round(void) {
+    static const int groups[] = {1, 4, 7, 20, 32, 64, 100, 128, 129, 256, 1000};
+    task t = {.rows = 1 + (int)draw(70), .columns = 1 + (int)draw(600), .tokens = 1 + (int)draw(20)};
+    t.group = groups[draw(sizeof groups / sizeof *groups)];
+    t.group = t.group < t.columns ? t.group : t.columns;
+    t.groups = (t.columns + t.group - 1) / t.group;
+    t.shift = (int)draw(2), t.bias = (int)draw(2), t.dtype = (int)draw(3), t.exact = (int)draw(2);
+    t.threads = 1 + (int)draw(3);
+    const size_t count = (size_t)t.tokens * (size_t)t.columns;
+    float *x = malloc(count * sizeof *x), *bias = malloc((size_t)t.rows * sizeof *bias);
+    void *input = malloc(count * (t.dtype ? 2 : 4));
+    for (size_t i = 0; i < count; i++) x[i] = stored(uniform() * (draw(50) ? 1 : 30), t.dtype, input, i);
+    for (int o = 0; o < t.rows; o++) bias[o] = uniform();
+    const float *added = t.bias ? bias : NULL;
+    int failed = 0;
+    for (int path = 0; tz_path_name(path); path++)
+        if (tz_path_supported(path)) failed |= ternary(&t, path, x, input, added) | int8(&t, path, x, input, added);
+    free(x), free(bias), free(input);
+    return failed;
+}
+
+/* Products large enough for helpers, from two threads at once. */
+static void *busy(void *unused) {
+    (void)unused;
+    enum { SIZE = 1024, TOKENS = 8 };
+    uint8_t *records = calloc(SIZE, SIZE + 2);
+    float *x = calloc(TOKENS * SIZE, sizeof *x), *y = calloc(TOKENS * SIZE, sizeof *y);
+    tz_shape *s = tz_int8_shape(0, SIZE, SIZE, SIZE);
+    for (int i = 0; i < 3; i++) tz_int8_linear(s, records, NULL, x, y, TOKENS, TZ_FLOAT32, 0, 3);
+    tz_free_shape(s);
+    free(records), free(x), free(y);
+    return NULL;
+}
+
+int main(int count, char **arguments) {
+    const int rounds = count > 1 ? atoi(arguments[1]) : 100;
+    state = count > 2 ? (uint64_t)atoll(arguments[2]) : 0;
+    int failed = 0;
+    for (int i = 0; i < rounds && !failed; i++) failed = one_round();
+    pthread_t other;
+    if (pthread_create(&other, NULL, busy, NULL)) return 2;
+    busy(NULL);
+    pthread_join(other, NULL);
+    printf("%s after %d rounds on:", failed ? "failed" : "passed", rounds);
+    for (int path = 0; tz_path_name(path); path++)
+        if (tz_path_supported(path)) printf(" %s", tz_path_name(path));
+    printf("\n");
+    return failed;
+}
