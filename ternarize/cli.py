@@ -270,6 +270,9 @@ def evaluate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     save: Annotated[bool, typer.Option(help="Write the result into report.json and the card.")] = True,
+    activations: Annotated[
+        str, typer.Option(help="float, the same on every machine; or int8, as a loaded model runs on a CPU.")
+    ] = "float",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -292,6 +295,7 @@ def evaluate(
         _dtype(dtype),
         Progress(quiet),
         save,
+        activations,
     )
     if as_json:
         print_json([result.to_dict() for result in results])
@@ -338,7 +342,7 @@ def generate(
 
     _check_device(device)
     path = resolve(folder, revision)
-    model: Any = load_any(path, device, _dtype(dtype))
+    model: Any = load_any(path, device, _dtype(dtype), activations=None)
     tokenizer = load_tokenizer(path)
     inputs: Any
     if chat:

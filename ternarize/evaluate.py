@@ -136,6 +136,7 @@ def evaluate(
     dtype: torch.dtype,
     progress: Progress,
     save: bool = True,
+    activations: str = "float",
 ) -> list[Evaluation]:
     """Measure a folder (ternarize or float) on several texts, and write the result into a ternarize folder's report.
 
@@ -145,11 +146,12 @@ def evaluate(
         length: tokens in a window.
         windows: at most so many of each text; None is all.
         save: whether report.json and the card of a ternarize folder take up the result.
+        activations: as in `load_any`.
 
     Raises:
         TernarizeError: a text or folder that cannot be read, or one too short.
     """
-    student = load_any(folder, device, dtype)
+    student = load_any(folder, device, dtype, activations)
     reference = None if teacher is None else load_any(teacher, device, dtype)
     if (
         reference is not None
@@ -184,8 +186,11 @@ def save_evaluation(folder: Path, results: list[Evaluation]) -> None:
     hub.save_report(folder, report)
 
 
-def load_any(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_any(folder: Path, device: str, dtype: torch.dtype, activations: str | None = "float") -> PreTrainedModel:
     """A ternarize folder or a float checkpoint, ready to run.
+
+    Args:
+        activations: as in `quantizer.load`; "float" gives the same figures on every machine.
 
     Raises:
         TernarizeError: it is neither.
@@ -193,7 +198,7 @@ def load_any(folder: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     method = quant_method(folder)
     with quiet_transformers():
         if method is not None:
-            model: Any = load(folder, dtype=dtype)[0]
+            model: Any = load(folder, dtype=dtype, activations=activations)[0]
         else:
             Checkpoint(folder).skeleton()  # refuses what is incomplete, which transformers would fill at random
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)

@@ -73,6 +73,7 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         check_packed_modules(model)
+        model.requires_grad_(False)  # so that products run natively outside of torch.no_grad() too
         run_natively(model)
         _say_what_is_missing()
         return model

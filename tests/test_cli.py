@@ -25,6 +25,7 @@ import ternarize
 from ternarize import Recipe, cli, printing, progress
 from ternarize.conversion import convert
 from ternarize.errors import StoppedError
+from ternarize.kernels.cpu import paths as native_paths
 from ternarize.progress import Progress, parse_duration
 from ternarize.report import Report
 
@@ -76,8 +77,8 @@ def test_flags_are_frozen() -> None:
         ],
         "plan": ["--json", "--recipe", "--revision", "--set", "--target-size", "--text", "-r", "source"],
         "evaluate": [
-            "--device", "--dtype", "--json", "--length", "--no-save", "--quiet", "--revision", "--save", "--teacher",
-            "--text", "--windows", "-q", "folder",
+            "--activations", "--device", "--dtype", "--json", "--length", "--no-save", "--quiet", "--revision",
+            "--save", "--teacher", "--text", "--windows", "-q", "folder",
         ],
         "generate": [
             "--chat", "--device", "--dtype", "--revision", "--seed", "--temperature", "--tokens", "-n", "folder",
@@ -418,6 +419,25 @@ def test_evaluate_without_saving_changes_nothing(run: Run, ternary: Path, text: 
     assert result["windows"] == len(text.read_text()) // 32
     assert result["kl"] is None
     assert (contents(ternary), (ternary / "report.json").read_bytes()) == before
+
+
+def test_evaluate_measures_float_activations_unless_told_otherwise(
+    run: Run, ternary: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native_paths():
+        pytest.skip("no native library was built")
+    monkeypatch.setenv("TERNARIZE_ACTIVATIONS", "int8")
+    found = {}
+    for wanted in ([], ["--activations", "float"], ["--activations", "int8"]):
+        code, out, _ = run("evaluate", ternary, "--text", text, "--length", 32, "--no-save", "--json", *wanted)
+        assert code == 0
+        found[" ".join(wanted)] = json.loads(out)[0]["perplexity"]
+    plain, exact, rounded = found.values()
+    assert plain == exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.02)
+    code, _, err = run("evaluate", ternary, "--text", text, "--activations", "int4")
+    assert code == 2
+    assert "'int4' is not one of int8, float" in err
 
 
 def test_json_stays_json_where_the_perplexity_is_infinite(run: Run, llama: Path, tmp_path: Path) -> None:

@@ -466,7 +466,8 @@ def test_a_loaded_model_runs_natively(ternary: Path, monkeypatch: pytest.MonkeyP
         model, _ = ternarize.load(ternary, activations=kind)
         linears = [module for module in model.modules() if isinstance(module, TernaryLinear)]
         assert {module.activations for module in linears} == {kind}
-        logits[kind] = model(ids).logits
+        with torch.enable_grad():  # nothing of a loaded model learns, so nobody has to say no_grad
+            logits[kind] = model(ids).logits
         assert all(module._packed is not None for module in linears)
     monkeypatch.setattr(cpu, "_chosen", [None])
     want = ternarize.load(ternary)[0](ids).logits
