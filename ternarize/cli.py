@@ -18,7 +18,7 @@ import typer
 
 import ternarize
 from ternarize.errors import TernarizeError
-from ternarize.printing import comparison, print_json, say_verdict, size_rows, summarize_kept, table
+from ternarize.printing import comparison, machine_rows, print_json, say_verdict, size_rows, summarize_kept, table
 from ternarize.progress import Progress, duration, parse_duration, parse_size, quiet_transformers, size
 from ternarize.recipe import DEFAULT, Recipe
 
@@ -427,38 +427,10 @@ def inspect(
 @app.command()
 def doctor() -> None:
     """Say what was found on this machine, and what of it runs the models."""
-    import platform
+    from ternarize.kernels.cpu import missing
 
-    import torch
-    import transformers
-
-    from ternarize.kernels import cpu
-
-    library, where = cpu.load_library()
-    paths = cpu.paths()
-    chosen = cpu.native()
-    table(
-        [
-            ("ternarize", ternarize.__version__),
-            ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
-            ("torch", torch.__version__),
-            ("transformers", transformers.__version__),
-            ("library", where if library is not None else f"none: {where}"),
-            (
-                "processor",
-                " ".join(cpu.features()) or ("nothing that a path could use" if library else "not looked at"),
-            ),
-            ("paths", ", ".join(name if usable else f"{name} (not here)" for name, usable in paths.items()) or "none"),
-            (
-                "path in use",
-                f"{cpu.REFERENCE if chosen is None else chosen.name}, {_who(cpu.CPU_VARIABLE, 'the best')}",
-            ),
-            ("activations", f"{cpu.default_activations()}, {_who(cpu.ACTIVATIONS_VARIABLE, 'the default')}"),
-            ("threads", str(torch.get_num_threads())),
-            ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
-        ]
-    )
-    if library is None:
+    table(machine_rows())
+    if missing():
         typer.echo(
             "\nProducts run on plain torch, which unpacks every weight at every token. "
             "With a C compiler (gcc or clang) in place, install ternarize again."
@@ -477,10 +449,6 @@ def run() -> None:
             raise
         typer.echo("stopped", err=True)
         sys.exit(4)
-
-
-def _who(variable: str, otherwise: str) -> str:
-    return f"as {variable} says" if os.environ.get(variable) else otherwise
 
 
 def _rank(folder: Path, teacher: str, text: list[str], worst: int, as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,35 @@ def size_rows(folder: Path) -> list[tuple[str, str, str]]:
         ("weight files", size(report.source_bytes), size(report.output_bytes)),
         ("bits per weight, whole file", f"{source_bits:.2f}", f"{report.bits_per_weight:.2f}"),
         ("bits per ternary weight", "", f"{report.bits_per_ternary_weight:.2f}"),
+    ]
+
+
+def machine_rows() -> list[tuple[str, str]]:
+    """Rows of what was found on this machine, and what of it runs the models."""
+    import torch
+    import transformers
+
+    from ternarize import __version__
+    from ternarize.kernels import cpu
+
+    def chosen(value: str, variable: str, otherwise: str) -> str:
+        return f"{value}, {f'as {variable} says' if os.environ.get(variable) else otherwise}"
+
+    library, where = cpu.load_library()
+    path = cpu.native()
+    paths = [name if usable else f"{name} (not here)" for name, usable in cpu.paths().items()]
+    return [
+        ("ternarize", __version__),
+        ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("transformers", transformers.__version__),
+        ("library", where if library is not None else f"none: {where}"),
+        ("processor", " ".join(cpu.features()) or ("nothing that a path could use" if library else "not looked at")),
+        ("paths", ", ".join(paths) or "none"),
+        ("path in use", chosen(path.name if path else cpu.REFERENCE, cpu.CPU_VARIABLE, "the best")),
+        ("activations", chosen(cpu.default_activations(), cpu.ACTIVATIONS_VARIABLE, "the default")),
+        ("threads", str(torch.get_num_threads())),
+        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
     ]
 
 
