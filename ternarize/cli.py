@@ -432,7 +432,7 @@ def doctor() -> None:
     table(machine_rows())
     if missing():
         typer.echo(
-            "\nProducts run on plain torch, which unpacks every weight at every token. "
+            "\nProducts run on torch's own operators, ten times slower or more. "
             "With a C compiler (gcc or clang) in place, install ternarize again."
         )
 

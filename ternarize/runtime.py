@@ -93,7 +93,7 @@ class TernaryLinear(nn.Module):
             self.register_buffer(name, empty)
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.activations: str | None = None  # "int8" or "float" natively; None is the reference
-        self._packed: kernels.PackedTernary | None = None
+        self._packed: kernels.PackedTernary | kernels.BuiltinTernary | None = None
         self._packed_from: list[tuple[Tensor, int]] = []
 
     @classmethod
@@ -190,27 +190,27 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in x's dtype."""
-        packed = self.pack() if self.activations is not None and kernels.usable(x, self.bias) else None
-        if packed is not None:
-            return packed.linear(x, exact=self.activations == "float")
+        if self.activations is not None and kernels.usable(x, self.bias):
+            packed, exact = self.pack(), self.activations == "float"
+            if packed is not None and packed.takes(x, exact):
+                return packed.linear(x, exact)
         return kernels.ternary_linear(x, self.weight, *self.read_levels(), self.bias, self.group_size)
 
-    def pack(self) -> kernels.PackedTernary | None:
+    def pack(self) -> kernels.PackedTernary | kernels.BuiltinTernary | None:
         """The weight laid out for this processor, made at the first use and again after its tensors changed.
 
-        None where nothing runs natively, and while torch.compile traces a linear that has not run yet.
+        None where only the reference computes, and while torch.compile traces a linear that has not run yet.
         """
         if torch.compiler.is_compiling():
             return self._packed
         path = kernels.native()
-        if path is None or self.weight.device.type != "cpu":
+        shape = self.out_features, self.in_features, self.group_size
+        if self.weight.device.type != "cpu" or not kernels.packs(path, *shape):
             return None
         current = [(t, _version(t)) for t in (*self._buffers.values(), self.bias) if t is not None]
         if self._packed is None or self._packed.path != path or not _same(self._packed_from, current):
-            levels = self.read_levels()
-            self._packed = kernels.PackedTernary(
-                path, self.weight, *levels, self.bias, self.in_features, self.group_size
-            )
+            tensors = self.weight, *self.read_levels(), self.bias
+            self._packed = kernels.pack_ternary(path, *tensors, self.in_features, self.group_size)
             self._packed_from = current
         return self._packed
 

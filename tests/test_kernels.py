@@ -25,6 +25,7 @@ import ternarize
 from ternarize import TernaryLinear, TernaryTensor, cli, quantizer
 from ternarize.errors import TernarizeError
 from ternarize.kernels import cpu, reference
+from ternarize.kernels.builtin import MOST_TOKENS
 from ternarize.packing import dequantize_int8, pack_trits, quantize_int8, round_levels
 from ternarize.runtime import Int8Embedding, Int8Head, TiedInt8Head, run_natively
 from ternarize.tensor import expand_groups, group_count
@@ -500,7 +501,38 @@ def test_without_the_library_the_reference_runs_and_one_line_says_so(
     lines = [record.getMessage() for record in caplog.records if record.name == "ternarize"]
     assert len(lines) == 1
     assert "libternarize.so was not built" in lines[0]
-    assert "plain torch" in lines[0]
+    assert "ten times slower" in lines[0]
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [
+        ((48, 192, 64), True),
+        ((16, 256, 256), True),
+        ((48, 192, 48), False),
+        ((50, 192, 64), False),
+        ((48, 200, 64), False),
+    ],
+)
+def test_without_the_library_torch_multiplies_four_bit_codes(
+    shape: tuple[int, int, int], fits: bool, shift: bool
+) -> None:
+    weight, bias = random_weight(*shape, shift), torch.randn(shape[0])
+    linear = TernaryLinear.from_tensor(weight, bias)
+    run_natively(linear, "int8")
+    size = weight.dequantize().abs()
+    for batch in (1, 3, MOST_TOKENS, MOST_TOKENS + 1):
+        x = torch.randn(batch, shape[1])
+        want = torch.nn.functional.linear(x, weight.dequantize(), bias)
+        rounding = 2**-7 if fits and batch <= MOST_TOKENS else 1e-6  # x, levels and result in bfloat16
+        assert ((linear(x) - want).abs() <= rounding * (x.abs() @ size.T + bias.abs())).all()
+        assert (linear._packed is not None) == fits
+    run_natively(linear, "float")
+    torch.testing.assert_close(linear(x), want)
+    assert copy.deepcopy(linear)._packed is None
+    assert linear(torch.randn(2, 3, shape[1]).bfloat16()).shape == (2, 3, shape[0])
 
 
 @pytest.mark.usefixtures("no_library")

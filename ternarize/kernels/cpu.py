@@ -275,6 +275,10 @@ class PackedTernary:
             torch.get_num_threads(),
         )
 
+    def takes(self, x: Tensor, exact: bool) -> bool:
+        """Whether the product with x [B, I] belongs here: any does."""
+        return True
+
     def linear(self, x: Tensor, exact: bool) -> Tensor:
         """x [B, I] -> [B, O] in x's dtype; exact is with float activations, else int8.
 
