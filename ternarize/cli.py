@@ -366,6 +366,46 @@ def generate(
 
 
 @app.command()
+def bench(
+    folder: Annotated[
+        str, typer.Argument(help="A folder that ternarize convert wrote, or any checkpoint.", show_default=False)
+    ],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens that go in.")] = 128,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens that come out.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all is timed; the median counts.")] = 3,
+    threads: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(min=1, help="Threads; repeat to compare, in turns. Default: torch's own number."),
+    ] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    activations: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="int8 or float, for native products on a CPU.", show_default="as the environment says"),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Time a model: ready, prefill and decode, by greedy generation from random tokens."""
+    from ternarize.sources import resolve
+    from ternarize.speed import measure, spread
+
+    _check_device(device)
+    path = resolve(folder, revision)
+    found = measure(path, prompt, tokens, rounds, threads or [], device, _dtype(dtype), activations, Progress(quiet))
+    if as_json:
+        print_json([speed.to_dict() for speed in found])
+        return
+    rows = [("ready in", f"{found[0].ready:.1f} s")]
+    for speed in found:
+        label = f"{speed.threads} thread{'s' if speed.threads > 1 else ''}"
+        rows.append((f"prefill of {prompt} tokens, {label}", f"{spread(speed.prefill)} tokens/s"))
+        rows.append((f"decode of {tokens} tokens, {label}", f"{spread(speed.decode)} tokens/s"))
+    table([*rows, ("peak memory", size(found[-1].peak_memory) if found[-1].peak_memory else "not known")])
+
+
+@app.command()
 def inspect(
     folder: Folder,
     worst: Annotated[int, typer.Option(min=0, help="Only the linears with the largest error; 0 is all.")] = 0,

@@ -86,6 +86,10 @@ def test_flags_are_frozen() -> None:
         ],
         "inspect": ["--json", "--plot", "--teacher", "--text", "--worst", "folder"],
         "doctor": [],
+        "bench": [
+            "--activations", "--device", "--dtype", "--json", "--prompt", "--quiet", "--revision", "--rounds",
+            "--threads", "--tokens", "-n", "-q", "folder",
+        ],
         "distill": [
             "--device", "--force", "--json", "--output", "--quiet", "--resume", "--revision", "--set", "--teacher",
             "--text", "--time-budget", "-o", "-q", "folder",
@@ -138,6 +142,24 @@ def test_bug_is_not_dressed_up_as_bad_input(run: Run, llama: Path, monkeypatch: 
     monkeypatch.setattr("ternarize.plan.make_plan", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run("plan", llama)
+
+
+def test_bench_times_what_it_says(run: Run, ternary: Path, llama: Path) -> None:
+    options = ["--prompt", 8, "--tokens", 4, "--rounds", 2, "--threads", 1, "--threads", 2]
+    before = torch.get_num_threads()
+    for folder in (ternary, llama):
+        code, out, _ = run("bench", folder, *options, "--json")
+        assert code == 0
+        one, two = json.loads(out)
+        assert (one["threads"], two["threads"], one["prompt"], one["tokens"]) == (1, 2, 8, 4)
+        for speed in (one, two):
+            assert len(speed["prefill"]) == len(speed["decode"]) == 2
+            assert all(figure > 0 for figure in [*speed["prefill"], *speed["decode"], speed["ready"]])
+    assert torch.get_num_threads() == before
+    code, out, _ = run("bench", ternary, *options)
+    assert code == 0
+    for words in ("ready in", "prefill of 8 tokens, 1 thread ", "decode of 4 tokens, 2 threads", "peak memory"):
+        assert words in out
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "plan"])

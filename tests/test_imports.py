@@ -45,6 +45,7 @@ ORDER = (
     "block",
     "hub",
     "evaluate",
+    "speed",
     "budget",
     "gate",
     "workspace",
