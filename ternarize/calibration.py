@@ -104,7 +104,7 @@ def start_walk(model: nn.Module, blocks: nn.ModuleList, path: str, ids: list[Ten
     recorded: list[list[BlockCall]] = []
     for batch in ids:
         calls: list[BlockCall] = []
-        hidden = _record(model, blocks, path, batch, calls)
+        hidden = _record(model, blocks, path, batch, calls, recorded[0][0].tuple_output if recorded else None)
         if recorded and _equal([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in recorded[0]]):
             calls = recorded[0]
         entrances.append(hidden)
@@ -112,11 +112,15 @@ def start_walk(model: nn.Module, blocks: nn.ModuleList, path: str, ids: list[Ten
     return Walk(entrances, recorded)
 
 
-def _record(model: nn.Module, blocks: nn.ModuleList, path: str, ids: Tensor, calls: list[BlockCall]) -> Tensor:
-    """One pass with every block replaced by its own stand-in; returns the hidden states that enter block 0."""
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, path: str, ids: Tensor, calls: list[BlockCall], tuple_output: bool | None
+) -> Tensor:
+    """One pass with every block replaced by its own stand-in; returns the hidden states that enter block 0.
+
+    Whether blocks return tuples is known from an earlier pass, or found by running block 0.
+    """
     previous: Tensor | None = None
     entrance: Tensor | None = None
-    tuple_output = False
 
     def stand_in(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -127,8 +131,8 @@ def _record(model: nn.Module, blocks: nn.ModuleList, path: str, ids: Tensor, cal
             if index != len(calls):
                 raise UnsupportedModelError(f"{path}.{index} runs as number {len(calls)}: blocks run out of order.")
             if index == 0:
-                output = original(*args, **kwargs)
-                tuple_output = isinstance(output, tuple)
+                if tuple_output is None:
+                    tuple_output = isinstance(original(*args, **kwargs), tuple)
                 entrance = previous = hidden
             elif hidden is not previous:
                 raise UnsupportedModelError(
@@ -140,7 +144,7 @@ def _record(model: nn.Module, blocks: nn.ModuleList, path: str, ids: Tensor, cal
                 kwargs = kwargs | {"hidden_states": None}
             else:
                 rest = args[1:]
-            calls.append(BlockCall(rest, kwargs, tuple_output))
+            calls.append(BlockCall(rest, kwargs, bool(tuple_output)))
             if len(calls) == len(blocks):
                 raise _AllBlocksSeen
             return (hidden,) if tuple_output else hidden
