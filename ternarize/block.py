@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import choose_linears, linear_shape, linear_weight, replace_module
-from ternarize.calibration import Walk, capture
+from ternarize.calibration import Walk, autocast_enabled, capture
 from ternarize.checkpoint import tied_parameters
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
 from ternarize.report import LinearReport
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, tie_int8_heads
+from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, tie_int8_heads, unpacked
 from ternarize.solver import LinearStatistics, fit, relative_error
 from ternarize.tuning import Tuned, make_ternary, make_trainable, tune
 
@@ -61,7 +61,7 @@ def convert_window(
     for offset, (name, block) in enumerate(window.items()):
         fitted.append(fit_block(block, name, first + offset, recipe, teacher, student, group_sizes or {}))
         if recipe.needs_statistics and (offset + 1 < len(window) or not recipe.tune.epochs):
-            student.advance(first + offset, block)
+            advance(student, first + offset, block)
     tuned = None
     if recipe.tune.epochs:
         for (name, block), known in zip(window.items(), fitted, strict=True):
@@ -70,7 +70,7 @@ def convert_window(
         student.hidden = entrance
         for offset, block in enumerate(window.values()):
             make_ternary(block)
-            student.advance(first + offset, block)
+            advance(student, first + offset, block)
     return [describe(block, name, known) for (name, block), known in zip(window.items(), fitted, strict=True)], tuned
 
 
@@ -132,6 +132,13 @@ def _fit_together(
         replace_module(block, member, linear, name)
 
 
+def advance(student: Walk, index: int, block: nn.Module) -> None:
+    """Walk the student through a block that is ternary, each weight unpacked once for all batches."""
+    rounded = autocast_enabled(student.hidden[0].device)  # as autocast would round it, batch by batch
+    with unpacked(block, torch.bfloat16 if rounded else torch.float32):
+        student.advance(index, block)
+
+
 def describe(block: nn.Module, name: str, fitted: dict[str, Fitted]) -> list[LinearReport]:
     """One entry for each ternary linear of a block, as it now is."""
     entries = []
@@ -179,7 +186,7 @@ def replay_block(
             getattr(module, "bias", None),
         )
         replace_module(block, linear, packed.to(student.hidden[0].device), name)
-    student.advance(index, block)
+    advance(student, index, block)
 
 
 def pack_embeddings(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> dict[str, float]:

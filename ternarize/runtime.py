@@ -10,6 +10,8 @@ out for the processor: 2 to 2.5 bits a weight beside the file's 1.75. An int8 he
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +97,7 @@ class TernaryLinear(nn.Module):
         self.activations: str | None = None  # "int8" or "float" natively; None is the reference
         self._packed: kernels.PackedTernary | kernels.BuiltinTernary | None = None
         self._packed_from: list[tuple[Tensor, int]] = []
+        self._unpacked: Tensor | None = None  # the weight, while `unpacked` keeps it
 
     @classmethod
     def from_tensor(cls, tensor: TernaryTensor, bias: Tensor | None = None) -> TernaryLinear:
@@ -190,6 +193,9 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in x's dtype."""
+        if self._unpacked is not None:
+            out = nn.functional.linear(x, self._unpacked)
+            return out if self.bias is None else out + self.bias.to(out.dtype)
         if self.activations is not None and kernels.usable(x, self.bias):
             packed, exact = self.pack(), self.activations == "float"
             if packed is not None and packed.takes(x, exact):
@@ -335,6 +341,19 @@ def _version(tensor: Tensor) -> int:
 
 def _same(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
     return len(before) == len(now) and all(a is b and m == n for (a, m), (b, n) in zip(before, now, strict=True))
+
+
+@contextmanager
+def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let a block's ternary linears keep their weights unpacked for now, in `dtype`: it is to run many batches."""
+    ternary = [module for module in block.modules() if isinstance(module, TernaryLinear)]
+    for module in ternary:
+        module._unpacked = module.dequantize().to(dtype)
+    try:
+        yield
+    finally:
+        for module in ternary:
+            module._unpacked = None
 
 
 # -- a whole model -------------------------------------------------------------------------------------------------
