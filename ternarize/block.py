@@ -19,8 +19,9 @@ from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
 from ternarize.report import LinearReport
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, tie_int8_heads, unpacked
+from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, unpacked
 from ternarize.solver import LinearStatistics, fit, relative_error
+from ternarize.swap import tie_int8_heads
 from ternarize.tuning import Tuned, make_ternary, make_trainable, tune
 
 FEWEST_TOKENS = 4  # an expert that saw fewer than in_features / FEWEST_TOKENS tokens is fitted without data

@@ -29,8 +29,9 @@ from ternarize.lesson import Reference
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, ternary_bytes
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
-from ternarize.runtime import TernaryLinear, has_module
+from ternarize.runtime import TernaryLinear
 from ternarize.solver import fit, relative_error
+from ternarize.swap import has_module
 from ternarize.text import calibration_windows
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # group sizes that are tried, as multiples of the recipe's

@@ -282,7 +282,7 @@ def _output_bytes(
 
 
 def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recipe: Recipe, weights: int) -> int:
-    """A block in float32 with its packed twin, its statistics, two sets of hidden states; or the text's writer."""
+    """A block in float32 with its twin unpacked, its statistics, two sets of hidden states; or the text's writer."""
     block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
     outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{path}."))
     outside -= sum(model.get_parameter(name).numel() for name in tied_parameters(model))

@@ -25,7 +25,7 @@ from ternarize.checkpoint import find_shards, read_header
 from ternarize.errors import FormatError, TernarizeError
 from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
 from ternarize.kernels import cpu
-from ternarize.runtime import check_packed_modules, dequantize_modules, replace_float_modules, run_natively
+from ternarize.swap import check_packed_modules, dequantize_modules, replace_float_modules, run_natively
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -185,7 +185,8 @@ def load(
             raise FormatError(
                 f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config."
             )
-        run_natively(model, activations)
+        if activations is not None:
+            run_natively(model, activations)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

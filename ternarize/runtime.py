@@ -3,9 +3,9 @@
 `TernaryLinear` serves converting, loading and running alike; `Int8Embedding` and `Int8Head` do the same for the
 embedding and the output head.
 
-Where a model is loaded (`run_natively`), products on a CPU go to the native kernels; a conversion never does that, so
-that its numbers are the reference's on every machine. A linear that runs natively holds its weight a second time, laid
-out for the processor: 2 to 2.5 bits a weight beside the file's 1.75. An int8 head is read where it lies.
+Where a model is loaded (`swap.run_natively`), products on a CPU go to the native kernels; a conversion never does
+that, so that its numbers are the reference's on every machine. A linear that runs natively holds its weight a second
+time, laid out for the processor: 2 to 2.5 bits a weight beside the file's 1.75. An int8 head is read where it lies.
 """
 
 from __future__ import annotations
@@ -16,19 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ternarize import kernels
-from ternarize.architecture import (
-    LINEAR_TYPES,
-    fuse_experts,
-    linear_shape,
-    linears,
-    replace_module,
-    unfuse_experts,
-)
 from ternarize.errors import FormatError
-from ternarize.format import Layout
 from ternarize.packing import (
     check_packed,
     decode_levels,
@@ -210,13 +200,12 @@ class TernaryLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._packed
         path = kernels.native()
-        shape = self.out_features, self.in_features, self.group_size
-        if self.weight.device.type != "cpu" or not kernels.packs(path, *shape):
+        make = kernels.packer(path, self.out_features, self.in_features, self.group_size)
+        if self.weight.device.type != "cpu" or make is None:
             return None
         current = [(t, _version(t)) for t in (*self._buffers.values(), self.bias) if t is not None]
         if self._packed is None or self._packed.path != path or not _same(self._packed_from, current):
-            tensors = self.weight, *self.read_levels(), self.bias
-            self._packed = kernels.pack_ternary(path, *tensors, self.in_features, self.group_size)
+            self._packed = make(self.weight, *self.read_levels(), self.bias, self.in_features, self.group_size)
             self._packed_from = current
         return self._packed
 
@@ -354,151 +343,3 @@ def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for module in ternary:
             module._unpacked = None
-
-
-# -- a whole model -------------------------------------------------------------------------------------------------
-
-
-def run_natively(model: nn.Module, activations: str | None = None) -> None:
-    """Let a model's packed modules use the native kernels where they can: on a CPU, without gradients.
-
-    Args:
-        model: changed in place.
-        activations: "int8", "float", or None for what the environment says (see `kernels.cpu`).
-
-    Raises:
-        TernarizeError: no such kind of activations, or TERNARIZE_CPU names a path that cannot be used.
-    """
-    kind = kernels.default_activations() if activations is None else kernels.check_activations(activations)
-    kernels.native()
-    for module in model.modules():
-        if isinstance(module, (TernaryLinear, Int8Head, TiedInt8Head)):
-            module.activations = kind
-
-
-def replace_float_modules(model: nn.Module, layout: Layout) -> None:
-    """Swap the linears, embedding and head of a float skeleton for empty packed modules, as `layout` says.
-
-    Raises:
-        FormatError: the layout names modules that the model does not have.
-    """
-    try:
-        # A base model (AutoModel) is the same tree without its outermost attribute: "model.layers" is "layers" there.
-        prefix = getattr(model, "base_model_prefix", "") + "."
-        strip = layout.blocks.startswith(prefix) and not hasattr(model, prefix[:-1])
-        path = layout.blocks.removeprefix(prefix) if strip else layout.blocks
-        blocks = model.get_submodule(path)
-        kept = {name.removeprefix(prefix) if strip else name for name in layout.kept}
-        int8 = {name.removeprefix(prefix) if strip else name: value for name, value in layout.int8.items()}
-        unfuse_experts(blocks, path, tuple(kept))
-        for name, linear in list(linears(blocks, path)):
-            if name not in kept:
-                full = f"{prefix}{name}" if strip else name
-                replace_module(model, name, _empty_ternary(linear, layout, layout.group_size_of(full)))
-        tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        for name, multiplier in int8.items():
-            if strip and not has_module(model, name):
-                continue  # the head, which a base model does not have
-            replace_module(model, name, _empty_int8(model.get_submodule(name), layout.int8_group_size, multiplier))
-    except AttributeError as error:
-        raise FormatError(
-            f"config.json names modules that {type(model).__name__} does not have: {error}. "
-            "The folder was written for another architecture, or for another version of transformers."
-        ) from error
-    tie_int8_heads(model, tied)
-
-
-def tie_int8_heads(model: nn.Module, tied: dict[str, str]) -> None:
-    """Give every head that shares an int8 embedding's table a `TiedInt8Head`, and forget the float tie."""
-    for target, source in tied.items():
-        embedding = model.get_submodule(source.rpartition(".")[0])
-        if isinstance(embedding, Int8Embedding):
-            name = target.rpartition(".")[0]
-            bias = getattr(model.get_submodule(name), "bias", None)
-            replace_module(model, name, TiedInt8Head(embedding, bias))
-            model.all_tied_weights_keys.pop(target, None)  # type: ignore[operator, union-attr]
-
-
-def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
-    """Swap every packed module for an ordinary float one, in place: the student as stock software would hold it."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (TernaryLinear, Int8Head)):
-            conv1d = getattr(module, "replaces", nn.Linear) is Conv1D
-            replace_module(model, name, _float_linear(module.dequantize(), module.bias, dtype, conv1d))
-        elif isinstance(module, Int8Embedding):
-            table = module.dequantize().to(dtype)
-            rows, columns = table.shape
-            embedding = ScaledEmbedding(rows, columns, module.multiplier, device="meta")
-            embedding.weight = nn.Parameter(table, requires_grad=False)
-            replace_module(model, name, embedding)
-            for head_name, head in list(model.named_modules()):
-                if isinstance(head, TiedInt8Head) and head.embedding is module:
-                    linear = _float_linear(table, head.bias, dtype)
-                    linear.weight = embedding.weight
-                    replace_module(model, head_name, linear)
-    fuse_experts(model)
-
-
-class ScaledEmbedding(nn.Embedding):
-    """An embedding with a constant multiplier; an ordinary one where that is 1."""
-
-    def __init__(self, rows: int, columns: int, multiplier: float, device: torch.device | str | None = None) -> None:
-        super().__init__(rows, columns, device=device)
-        self.multiplier = multiplier
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., H]."""
-        rows = super().forward(ids)
-        return rows if self.multiplier == 1.0 else rows * torch.tensor(self.multiplier, dtype=rows.dtype)
-
-
-def check_packed_modules(model: nn.Module) -> None:
-    """Refuse a model whose packed tensors hold impossible values.
-
-    Raises:
-        FormatError: naming the tensor.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear) and not module.weight.is_meta:
-            module.check(name)
-        elif isinstance(module, (Int8Embedding, Int8Head)) and not module.weight.is_meta:
-            columns = module.embedding_dim if isinstance(module, Int8Embedding) else module.in_features
-            scale = module.weight[:, columns:].clone().view(torch.float16)
-            if not bool(((scale > 0) & torch.isfinite(scale)).all()):
-                raise FormatError(f"{name}.weight has scales that are not positive and finite: the file is corrupted.")
-
-
-def _empty_ternary(linear: nn.Module, layout: Layout, wanted: int | None) -> TernaryLinear:
-    out_features, in_features = linear_shape(linear)
-    group_size = min(wanted or in_features, in_features)
-    device = linear.weight.device  # type: ignore[union-attr]
-    bias = getattr(linear, "bias", None) is not None
-    bits = layout.scale_bits, layout.shift_bits
-    ternary = TernaryLinear(in_features, out_features, group_size, layout.shift, bias, device, *bits)  # type: ignore[arg-type]
-    ternary.replaces = type(linear)
-    return ternary
-
-
-def _empty_int8(module: nn.Module, group_size: int, multiplier: float) -> nn.Module:
-    if not isinstance(module, (nn.Embedding, nn.Linear)):
-        raise FormatError(f"config.json's int8 names a {type(module).__name__}, which is no embedding and no head.")
-    weight = module.weight
-    rows, columns = weight.shape
-    if isinstance(module, LINEAR_TYPES):
-        return Int8Head(rows, columns, group_size, module.bias is not None, weight.device)
-    return Int8Embedding(rows, columns, group_size, multiplier, weight.device, weight.dtype)
-
-
-def _float_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, conv1d: bool = False) -> nn.Module:
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        linear = Conv1D(out_features, in_features) if conv1d else nn.Linear(in_features, out_features, bias is not None)
-    linear.weight = nn.Parameter((weight.t() if conv1d else weight).to(dtype).contiguous(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return linear
-
-
-def has_module(model: nn.Module, name: str) -> bool:
-    """Whether a model has a module of this name."""
-    return any(path == name for path, _ in model.named_modules())

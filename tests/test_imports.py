@@ -34,6 +34,7 @@ ORDER = (
     "architecture",
     "kernels",
     "runtime",
+    "swap",
     "quantizer",
     "report",
     "text",

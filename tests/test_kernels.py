@@ -27,7 +27,8 @@ from ternarize.errors import TernarizeError
 from ternarize.kernels import cpu, reference
 from ternarize.kernels.builtin import MOST_TOKENS
 from ternarize.packing import dequantize_int8, pack_trits, quantize_int8, round_levels
-from ternarize.runtime import Int8Embedding, Int8Head, TiedInt8Head, run_natively
+from ternarize.runtime import Int8Embedding, Int8Head, TiedInt8Head
+from ternarize.swap import run_natively
 from ternarize.tensor import expand_groups, group_count
 
 pytestmark = pytest.mark.skipif(not cpu.paths(), reason=f"no native library: {cpu.load_library()[1]}")

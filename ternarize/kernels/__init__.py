@@ -6,7 +6,8 @@ is a path; `builtin` is torch's own 4-bit product, where that library is missing
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from functools import partial
 
 from ternarize.kernels.builtin import BuiltinTernary
 from ternarize.kernels.cpu import Native, PackedTernary, check_activations, default_activations, missing, native, usable
@@ -22,29 +23,20 @@ __all__ = [
     "int8_linear",
     "native",
     "native_int8_linear",
-    "pack_ternary",
-    "packs",
+    "packer",
     "ternary_linear",
     "ternary_weight",
     "usable",
 ]
 
 
-def packs(path: Native | None, rows: int, columns: int, group_size: int) -> bool:
-    """Whether a weight [O, I] in groups of S can be laid out: for a path, or else for torch's own operator."""
-    return path is not None or (missing() is not None and BuiltinTernary.fits(rows, columns, group_size))
+def packer(
+    path: Native | None, rows: int, columns: int, group_size: int
+) -> Callable[..., PackedTernary | BuiltinTernary] | None:
+    """What lays out a weight [O, I] in groups of S: for a path, or else for torch's operator; None where nothing can.
 
-
-def pack_ternary(
-    path: Native | None,
-    trits: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    group_size: int,
-) -> PackedTernary | BuiltinTernary:
-    """A weight laid out as `packs` says it can be; arguments as in `PackedTernary`."""
+    It takes trits, scale, shift, bias, I and S, as `BuiltinTernary` does.
+    """
     if path is not None:
-        return PackedTernary(path, trits, scale, shift, bias, in_features, group_size)
-    return BuiltinTernary(trits, scale, shift, bias, in_features, group_size)
+        return partial(PackedTernary, path)
+    return BuiltinTernary if missing() is not None and BuiltinTernary.fits(rows, columns, group_size) else None

@@ -171,7 +171,8 @@ def using(name: str) -> Iterator[Native | None]:
 
 def missing() -> str | None:
     """Why products do not run natively though nobody asked for that; None where all is well."""
-    return load_library()[1] if load_library()[0] is None and os.environ.get(CPU_VARIABLE) != REFERENCE else None
+    library, reason = load_library()
+    return reason if library is None and os.environ.get(CPU_VARIABLE) != REFERENCE else None
 
 
 def default_activations() -> str:

@@ -28,6 +28,7 @@ from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import convert_window
 from ternarize.calibration import batches, start_walk
 from ternarize.evaluate import load_any
+from ternarize.lesson import Reference
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.report import dump_json
@@ -64,8 +65,8 @@ def divergences(student: PreTrainedModel, teacher: PreTrainedModel, windows: Ten
     """Mean KL(teacher || student) per token of every window int64 [B, T], nats."""
     found = []
     for window in windows:
-        log_p, log_q = (model(window[None], use_cache=False).logits[0].log_softmax(-1) for model in (teacher, student))
-        found.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+        said, answer = (model(window[None], use_cache=False).logits for model in (teacher, student))
+        found.append(float(Reference.of(said, 0).divergence(answer)))
     return found
 
 

@@ -15,8 +15,6 @@ typedef struct {
     quad field[FIELDS];
 } codes;
 
-#define CHAINS(tokens) 1
-
 static inline ivec i_set(int32_t value) { return (ivec){_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
 static inline ivec i_add(ivec a, ivec b) {
     return (ivec){_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
@@ -42,16 +40,6 @@ static inline float f_sum(fvec a) {
 static inline fvec f_halves(const uint8_t *halves) {
     return (fvec){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)halves)),
                   _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + 16)))};
-}
-static inline float half_scalar(const uint8_t *half) {
-    uint16_t bits;
-    __builtin_memcpy(&bits, half, sizeof bits);
-    return _cvtsh_ss(bits);
-}
-
-static inline ivec join(const ivec *sums, int chains) {
-    (void)chains;
-    return *sums;
 }
 
 static inline codes unpack(const uint8_t *bytes, int chains) {

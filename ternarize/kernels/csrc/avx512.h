@@ -25,11 +25,6 @@ static inline float f_sum(fvec a) { return _mm512_reduce_add_ps(a); }
 static inline fvec f_halves(const uint8_t *halves) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
 }
-static inline float half_scalar(const uint8_t *half) {
-    uint16_t bits;
-    __builtin_memcpy(&bits, half, sizeof bits);
-    return _cvtsh_ss(bits);
-}
 
 static inline ivec four(const int8_t *x) {
     int32_t bits;

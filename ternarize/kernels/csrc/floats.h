@@ -3,6 +3,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 static inline uint32_t bits_of(float value) {
     uint32_t bits;
@@ -23,6 +26,17 @@ static inline float from_float16(uint16_t half) {
     const uint32_t special = rest >= 0x0f800000 ? 0x7f800000u : 0;         /* infinity and NaN keep their exponent */
     const float value = float_of(rest) * 0x1p112f;
     return float_of(bits_of(value) | special | (uint32_t)(half & 0x8000) << 16);
+}
+
+/* One float16, wherever it lies. */
+static inline float half_scalar(const uint8_t *half) {
+    uint16_t bits;
+    memcpy(&bits, half, sizeof bits);
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
+    return from_float16(bits);
+#endif
 }
 
 static inline uint16_t to_bfloat16(float value) {

@@ -12,7 +12,6 @@ typedef struct {
     quad field[FIELDS];
 } codes;
 
-#define CHAINS(tokens) 1
 #define EACH _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
 
 static inline ivec i_set(int32_t value) {
@@ -44,11 +43,6 @@ static inline void f_store(float *out, fvec a) { EACH vst1q_f32(out + 4 * i, a.v
 static inline float f_sum(fvec a) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(a.val[0], a.val[1]), vaddq_f32(a.val[2], a.val[3])));
 }
-static inline float half_scalar(const uint8_t *half) {
-    uint16_t bits;
-    memcpy(&bits, half, sizeof bits);
-    return from_float16(bits);
-}
 static inline fvec f_halves(const uint8_t *halves) {
     fvec out;
     EACH out.val[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(halves + 8 * i)));
@@ -56,11 +50,6 @@ static inline fvec f_halves(const uint8_t *halves) {
 }
 
 static inline int8x16_t two_bits(uint8x16_t bytes) { return vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(3))); }
-
-static inline ivec join(const ivec *sums, int chains) {
-    (void)chains;
-    return *sums;
-}
 
 static inline codes unpack(const uint8_t *bytes, int chains) {
     (void)chains;

@@ -16,7 +16,6 @@ typedef struct {
     quad field[FIELDS];
 } codes;
 
-#define CHAINS(tokens) 1
 #undef ANY_COUNT
 #define ANY_COUNT 1
 #define EACH_LANE for (int i = 0; i < ROWS; i++)
@@ -54,20 +53,10 @@ static inline float f_sum(fvec a) {
     EACH_LANE sum += a.lane[i];
     return sum;
 }
-static inline float half_scalar(const uint8_t *half) {
-    uint16_t bits;
-    memcpy(&bits, half, sizeof bits);
-    return from_float16(bits);
-}
 static inline fvec f_halves(const uint8_t *halves) {
     fvec out;
     EACH_LANE out.lane[i] = half_scalar(halves + HALF_BYTES * i);
     return out;
-}
-
-static inline ivec join(const ivec *sums, int chains) {
-    (void)chains;
-    return *sums;
 }
 
 static inline codes unpack(const uint8_t *bytes, int chains) {

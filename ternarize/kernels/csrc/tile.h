@@ -3,9 +3,9 @@
  *   ivec, fvec                  16 lanes of int32 and of float
  *   quad                        64 bytes: 4 columns of 16 rows, one code 0..2 a byte
  *   codes                       the FIELDS quads of one vector
- *   CHAINS(tokens)              into how many sums a path adds, where one would have to wait for itself
+ *   CHAINS(tokens)              into how many sums a path adds, where one would have to wait for itself; 1 if undefined
  *   unpack(bytes, chains)       64 bytes -> codes; with several chains a path may leave them multiplied by
- *   join(sums, chains)          ... what this divides by: one sum of several
+ *   join(sums, chains)          ... what this divides by: one sum of several; comes with CHAINS
  *   unpack_tail(bytes)          16 bytes -> quad
  *   dot_codes(sums, chains, codes *, x)    add the products with 4 FIELDS int8 activations
  *   dot_quad(sum, quad, x)                 ... with 4
@@ -13,7 +13,7 @@
  *   int8s, load_int8(weights)   64 int8 weights
  *   dot_int8(int8s, x)          64 products with int8 activations, summed in any way into 16 lanes
  *   fma_int8(weights, x)        64 products with float activations, likewise
- *   half_scalar, and i_/f_ functions whose names say what they do
+ *   i_/f_ functions whose names say what they do
  */
 #include "floats.h"
 #include "kernels.h"
@@ -23,6 +23,14 @@
 #define UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+#ifndef CHAINS
+#define CHAINS(tokens) 1
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return *sums;
+}
 #endif
 
 enum { LANES = 16, CACHE_LINE = 64, AHEAD = 2048 };
@@ -101,6 +109,20 @@ static ALWAYS_INLINE void prefetch(const uint8_t *w, int bytes) {
     for (int b = 0; b < bytes; b += CACHE_LINE) __builtin_prefetch(w + AHEAD + b);
 }
 
+/* Add a piece's sums, times scale, and its activations' sums, times shift; where the levels at w end. */
+static ALWAYS_INLINE const uint8_t *add_levels(const int count, const tz_shape *s, const uint8_t *w, const fvec *sum,
+                                               const float *activations, fvec *out) {
+    const fvec scale = f_halves(w);
+    w += LEVEL_BYTES;
+    UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(scale, sum[m], out[m]);
+    if (s->has_shift) {
+        const fvec shift = f_halves(w);
+        w += LEVEL_BYTES;
+        UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(shift, f_set(activations[m]), out[m]);
+    }
+    return w;
+}
+
 static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
                                        int64_t first, float *y) {
     const int chains = CHAINS(count);
@@ -124,19 +146,10 @@ static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const
             const quad q = unpack_tail(w);
             UNROLL for (int m = 0; m < count; m++) dot[m][0] = dot_quad(dot[m][0], q, x + m * stride);
         }
-        const fvec scale = f_halves(w);
-        w += LEVEL_BYTES;
-        UNROLL for (int m = 0; m < count; m++) {
-            const ivec whole = join(dot[m], chains);
-            const fvec sum = f_mul(f_from(whole), f_set(t->scale[at + m]));
-            out[m] = f_fma(scale, sum, out[m]);
-        }
-        if (s->has_shift) {
-            const fvec shift = f_halves(w);
-            w += LEVEL_BYTES;
-            UNROLL for (int m = 0; m < count; m++)
-                out[m] = f_fma(shift, f_set(t->sum[at + m]), out[m]);
-        }
+        fvec sum[TILE];
+        UNROLL for (int m = 0; m < count; m++)
+            sum[m] = f_mul(f_from(join(dot[m], chains)), f_set(t->scale[at + m]));
+        w = add_levels(count, s, w, sum, t->sum + at, out);
     }
     UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
 }
@@ -162,15 +175,7 @@ static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, cons
             const quad q = unpack_tail(w);
             UNROLL for (int m = 0; m < count; m++) sum[m] = fma_quad(sum[m], q, x + m * stride);
         }
-        const fvec scale = f_halves(w);
-        w += LEVEL_BYTES;
-        UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(scale, sum[m], out[m]);
-        if (s->has_shift) {
-            const fvec shift = f_halves(w);
-            w += LEVEL_BYTES;
-            UNROLL for (int m = 0; m < count; m++)
-                out[m] = f_fma(shift, f_set(t->sum[at + m]), out[m]);
-        }
+        w = add_levels(count, s, w, sum, t->sum + at, out);
     }
     UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
 }
