@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ternarize.architecture import UnfusedExperts
 from ternarize.errors import TernarizeError, UnsupportedModelError
+from ternarize.recipe import Calibration
 from ternarize.solver import LinearStatistics
+from ternarize.text import random_windows
 
 BATCH_TOKENS = 1024
 
@@ -251,6 +254,19 @@ def capture(
         sums.inputs.clear()
     aside = apart.statistics()
     return {name: replace(own, held_out=aside.get(name)) for name, own in fitted.statistics().items()}
+
+
+def mix_random(ids: Tensor, wanted: Calibration, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Windows int64 [B, T]; of those that are fitted to, a share as the recipe says is made of random tokens."""
+    parts = batches(ids)
+    fitted = sum(map(len, parts[: first_held_out(len(parts), wanted.held_out)]))
+    count = round(wanted.random * fitted)
+    if not count:
+        return ids
+    mixed = ids.clone()
+    places = ((torch.arange(count) + 0.5) * fitted / count).long()
+    mixed[places] = random_windows(count, ids.shape[1], tokenizer, wanted.seed)
+    return mixed
 
 
 def first_held_out(batches: int, share: float) -> int:

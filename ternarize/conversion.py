@@ -31,7 +31,7 @@ from ternarize import hub
 from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import convert_window, pack_embeddings, replay_block
 from ternarize.budget import spend
-from ternarize.calibration import batches, start_walk
+from ternarize.calibration import batches, mix_random, start_walk
 from ternarize.checkpoint import (
     Checkpoint,
     copy_file,
@@ -221,10 +221,9 @@ def _calibration_ids(job: _Job) -> Tensor | None:
     kept = job.work.calibration
     if not kept.exists():
         wanted = job.recipe.calibration
-        ids = calibration_windows(
-            wanted.text, job.checkpoint.folder, wanted.samples, wanted.length, wanted.seed, job.progress
-        )
-        write_tensors(kept, {"ids": ids})
+        folder = job.checkpoint.folder
+        ids = calibration_windows(wanted.text, folder, wanted.samples, wanted.length, wanted.seed, job.progress)
+        write_tensors(kept, {"ids": mix_random(ids, wanted, load_tokenizer(folder))})
     return load_file(kept)["ids"]
 
 

@@ -37,13 +37,16 @@ class Calibration:
         samples: windows of text, shared among the sources by weight.
         length: tokens in a window.
         held_out: share of the windows that nothing is fitted to; they decide what is kept.
-        seed: for the choice of windows and for the model's own text.
+        random: share of the other windows that are no text, but tokens drawn evenly from the vocabulary: most of one
+            is rare in any text, and what the fit never sees it gives away.
+        seed: for the choice of windows, for their random tokens and for the model's own text.
     """
 
     text: tuple[str, ...] = ("self",)
     samples: int = 64
     length: int = 512
     held_out: float = 0.125
+    random: float = 0.0
     seed: int = 0
 
 
@@ -203,6 +206,7 @@ class Recipe:
         _require(self.calibration.samples >= 1, "calibration.samples", self.calibration.samples, "at least 1")
         _require(self.calibration.length >= 2, "calibration.length", self.calibration.length, "at least 2 tokens")
         _require(0 <= self.calibration.held_out <= 0.5, "calibration.held_out", self.calibration.held_out, "0 to 0.5")
+        _require(0 <= self.calibration.random <= 0.5, "calibration.random", self.calibration.random, "0 (off) to 0.5")
         _require(bool(self.calibration.text), "calibration.text", [], "at least one source, such as self")
 
     @property

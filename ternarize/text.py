@@ -113,6 +113,19 @@ def calibration_windows(
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
 
 
+def random_windows(count: int, length: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+    """Windows of tokens drawn evenly from the vocabulary, special ones left out; int64 [count, length].
+
+    Each starts with the beginning-of-sequence token where the tokenizer has that habit.
+    """
+    known = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+    chosen = torch.randint(len(known), (count, length), generator=torch.Generator().manual_seed(seed))
+    ids = known[chosen]
+    if adds_bos(tokenizer):
+        ids[:, 0] = tokenizer.bos_token_id
+    return ids
+
+
 def share_out(samples: int, weights: list[float]) -> list[int]:
     """Whole shares of `samples` by weight, by largest remainder; each at least 1, so no named source is dropped."""
     exact = [samples * weight / sum(weights) for weight in weights]

@@ -36,6 +36,7 @@ from ternarize.text import (
     evaluation_windows,
     fingerprint,
     load_tokenizer,
+    random_windows,
     read,
     read_whole,
     self_windows,
@@ -85,6 +86,14 @@ class Recorder(Progress):
 
 
 # -- windows -------------------------------------------------------------------------------------------------------
+
+
+def test_random_windows_hold_the_vocabulary_but_no_special_token() -> None:
+    ids = random_windows(40, 50, PLAIN, seed=0)
+    assert set(ids.flatten().tolist()) == set(PLAIN.get_vocab().values()) - set(PLAIN.all_special_ids)
+    begun = random_windows(3, 50, with_bos(), seed=0)
+    assert begun[:, 0].tolist() == [BOS] * 3
+    assert BOS not in begun[:, 1:]
 
 
 def test_the_tiny_tokenizer_spells() -> None:

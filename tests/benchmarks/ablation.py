@@ -26,13 +26,14 @@ from transformers import PreTrainedModel
 
 from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import convert_window
-from ternarize.calibration import batches, start_walk
+from ternarize.calibration import batches, mix_random, start_walk
 from ternarize.evaluate import load_any
 from ternarize.lesson import Reference
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.report import dump_json
 from ternarize.sources import resolve
+from ternarize.swap import dequantize_modules
 from ternarize.text import calibration_windows, evaluation_windows, load_tokenizer, read_whole
 
 
@@ -90,7 +91,8 @@ def main() -> None:
     folder = resolve(arguments.source)
     teacher = load_any(folder, "cpu", torch.float32)
     base = Recipe.load(arguments.recipe).with_settings(arguments.set).with_text(arguments.text)
-    other = evaluation_windows(read_whole(arguments.eval), load_tokenizer(folder), 1024, arguments.windows)
+    tokenizer = load_tokenizer(folder)
+    other = evaluation_windows(read_whole(arguments.eval), tokenizer, 1024, arguments.windows)
     print("| settings | seed | bits | KL, other text | KL, same sources | worst window | seconds |")
     for variant in arguments.variant or [""]:
         recipe = base.with_settings(variant.split())
@@ -100,8 +102,10 @@ def main() -> None:
             drawn = wanted.samples + arguments.held_out
             ids = calibration_windows(wanted.text, folder, drawn, wanted.length, seed, progress)
             started = time.monotonic()
-            student, bits = convert_first(teacher, recipe, ids[: wanted.samples], arguments.blocks)
+            fitted = mix_random(ids[: wanted.samples], wanted, tokenizer)
+            student, bits = convert_first(teacher, recipe, fitted, arguments.blocks)
             seconds = time.monotonic() - started
+            dequantize_modules(student, torch.float32)  # to measure it sooner
             same = divergences(student, teacher, ids[wanted.samples :])
             row = {"variant": variant, "seed": seed, "blocks": arguments.blocks, "recipe": recipe.to_dict()}
             row |= {"bits": bits, "other": divergences(student, teacher, other), "same": same, "seconds": seconds}
