@@ -1,0 +1,486 @@
+"""One native call for all blocks of a model, where it generates a token at a time.
+
+`attach` puts a `NativeForward` before the forward of the base models that it knows (Llama, Mistral, Qwen2, Qwen3,
+Gemma 3). It takes over where a step is what the library computes: one token behind a dynamic cache, on a CPU, without
+gradients, padding or hooks, every linear of every block ternary. Anything else runs as if it were not there. Both ways
+can follow each other on one cache: its layers hold the same tensors, only with room behind them.
+
+Between the linears a step computes in float32, whatever the model's dtype; keys and values are rounded to the cache's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ternarize import kernels
+from ternarize.kernels.decoder import LARGEST_HEAD, LINEARS, NORMS, NativeCache, NativeDecoder, Shape
+from ternarize.runtime import TernaryLinear
+
+ROOM = 256  # positions by which a cache grows, at least
+ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+PATHS = dict(zip(LINEARS, (*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), strict=True))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How transformers spells a family.
+
+    Args:
+        prefix: of its classes.
+        model: the base model's class, behind the prefix.
+        norms: {name in the library: path in a block}.
+        offset: added to the weight of a norm.
+        sliding: whether its config's sliding window means anything.
+        ropes: whether each kind of block has a rope of its own.
+    """
+
+    prefix: str
+    norms: dict[str, str]
+    model: str = "Model"
+    offset: float = 0.0
+    sliding: bool = True
+    ropes: bool = False
+
+
+_TWO = {"attention": "input_layernorm", "feed": "post_attention_layernorm"}
+_HEADS = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
+_FOUR = {
+    "attention": "input_layernorm",
+    "attention_end": "post_attention_layernorm",
+    "feed": "pre_feedforward_layernorm",
+    "feed_end": "post_feedforward_layernorm",
+}
+FAMILIES = {
+    "llama": Family("Llama", _TWO, sliding=False),
+    "mistral": Family("Mistral", _TWO),
+    "qwen2": Family("Qwen2", _TWO),
+    "qwen3": Family("Qwen3", _TWO | _HEADS),
+    "gemma3": Family("Gemma3", _FOUR | _HEADS, "TextModel", offset=1.0, ropes=True),
+}
+
+
+def attach(model: nn.Module) -> None:
+    """Let the base models inside that are known take native steps; again after a change that `Facts` cannot see."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if family_of(module) is not None and (forward is None or isinstance(forward, NativeForward)):
+            module.forward = NativeForward(module)  # type: ignore[method-assign, assignment]
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), NativeForward):
+            del module.forward
+
+
+_off: list[bool] = [False]
+
+
+@contextmanager
+def linear_by_linear() -> Iterator[None]:
+    """No native steps for the time being, in this process."""
+    before = _off[0]
+    _off[0] = True
+    try:
+        yield
+    finally:
+        _off[0] = before
+
+
+class NativeForward:
+    """The forward of a base model, with native steps where they serve.
+
+    Args:
+        model: the base model; copies and pickles of it have their own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._plan: Plan | None = None
+        self._shelves: WeakKeyDictionary[DynamicCache, list[Shelf]] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and not args and asks_for_a_step(**kwargs):
+            with torch.no_grad():
+                out = self.step(**kwargs)
+            if out is not None:
+                return out
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def step(
+        self,
+        past_key_values: DynamicCache,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast | None:
+        """The model's output for one token; None where it has to be computed otherwise."""
+        model: Any = self.model
+        plan = self.plan()
+        if plan is None or not (model.config.use_cache if use_cache is None else use_cache):
+            return None
+        past = past_key_values.get_seq_length()
+        if attention_mask is not None and (attention_mask.shape != (1, past + 1) or not bool(attention_mask.all())):
+            return None
+        shelves = self.shelves(past_key_values, plan, past)
+        if shelves is None:
+            return None
+        hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        position = torch.tensor([[past]]) if position_ids is None else position_ids
+        ropes = plan.ropes(model.rotary_emb, position)
+        if not kernels.usable(hidden) or ropes is None or any(shelf.memory.dtype != hidden.dtype for shelf in shelves):
+            return None
+        out = plan.decoder.step(hidden.float().flatten(), ropes, [shelf.native() for shelf in shelves])
+        for shelf in shelves:
+            shelf.advance()
+        return BaseModelOutputWithPast(out.to(hidden.dtype).view(1, 1, -1), past_key_values)
+
+    def plan(self) -> Plan | None:
+        """The model's description, made anew where it no longer holds; None where the library cannot serve it."""
+        path = kernels.native()
+        if path is None or _off[0] or self.model.training or _has_any_global_hook():
+            return None
+        if self._plan is None or self._plan.decoder.path != path or not self._plan.facts.hold():
+            self._plan = make_plan(self.model, path)
+        plan = self._plan
+        if plan is None or (torch.is_grad_enabled() and any(p.requires_grad for p in plan.facts.parameters)):
+            return None
+        return plan
+
+    def shelves(self, cache: DynamicCache, plan: Plan, past: int) -> list[Shelf] | None:
+        """The cache's tensors with room for one position more; None where it is of another kind."""
+        if len(cache.layers) != plan.decoder.shape.blocks or cache.offloading:
+            return None
+        before = self._shelves.get(cache, [])
+        shelves = []
+        for number, (window, blocks) in enumerate(plan.kinds):
+            layers = [cache.layers[i] for i in blocks]
+            shelf = before[number] if number < len(before) and before[number].serves(layers, past) else None
+            shelf = shelf or make_shelf(layers, window, plan.decoder.shape, past)
+            if shelf is None:
+                return None
+            shelves.append(shelf)
+        self._shelves[cache] = shelves
+        return shelves
+
+
+def asks_for_a_step(
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: Any = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    use_cache: bool | None = None,
+    **others: Any,
+) -> bool:
+    """Whether the arguments of a forward are of the kind that a step serves: one token, and a dynamic cache."""
+    token = input_ids if inputs_embeds is None else inputs_embeds
+    return (
+        type(past_key_values) is DynamicCache
+        and (input_ids is None) != (inputs_embeds is None)
+        and token is not None
+        and tuple(token.shape[:2]) == (1, 1)
+        and token.device.type == "cpu"
+        and (position_ids is None or position_ids.shape == (1, 1))
+        and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2))
+        and not any(value for value in others.values())
+    )
+
+
+# -- what a model is ---------------------------------------------------------------------------------------------------
+
+
+class Facts:
+    """What a plan was made from, so that one can tell whether it still holds."""
+
+    def __init__(self) -> None:
+        self.places: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        self.tensors: list[Tensor] = []
+        self.versions: list[tuple[int, int]] = []
+        self.hooks: list[dict[int, Any]] = []
+        self.parameters: list[nn.Parameter] = []
+
+    def add(self, place: dict[str, Any], name: str) -> None:
+        """That `place[name]` is what it is now, or is missing."""
+        self.places.append(place)
+        self.names.append(name)
+        self.values.append(place.get(name))
+
+    def add_module(self, module: nn.Module) -> None:
+        """A module's children and tensors, and that nothing intervenes in its forward."""
+        self.add(module.__dict__, "forward")
+        for place in (module._modules, module._buffers, module._parameters):
+            for name in place:
+                self.add(place, name)
+        for tensor in (*module._buffers.values(), *module._parameters.values()):
+            if tensor is not None and not tensor.is_inference():
+                self.tensors.append(tensor)
+                self.versions.append(_version(tensor))
+        self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self.parameters += [p for p in module._parameters.values() if p is not None]
+
+    def hold(self) -> bool:
+        """Whether all of it is still so."""
+        same = all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
+        return same and list(map(_version, self.tensors)) == self.versions and self.undisturbed()
+
+    def undisturbed(self) -> bool:
+        """Whether there are no hooks but those that transformers leaves behind, which rest until asked."""
+        return not any(self.hooks) or all(
+            getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+            for hooks in self.hooks
+            for hook in hooks.values()
+        )
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model as the library computes it.
+
+    Args:
+        decoder: the library's description.
+        facts: what it was made from.
+        kinds: (window, blocks) that are cached alike; a window of 0 is none.
+        rope_kinds: arguments of the model's rotary embedding, one tuple a rope.
+    """
+
+    decoder: NativeDecoder
+    facts: Facts
+    kinds: list[tuple[int, list[int]]]
+    rope_kinds: list[tuple[str, ...]]
+
+    def ropes(self, rotary: nn.Module, position: Tensor) -> Tensor | None:
+        """Cosines and sines of a position, float32 [R, 2, D]; None where they are not as long as a head."""
+        x = torch.empty(0)  # says in which dtype
+        parts = [part for kind in self.rope_kinds for part in rotary(x, position, *kind)]
+        size = self.decoder.shape.head_size
+        return torch.stack([part.view(-1) for part in parts]) if all(p.numel() == size for p in parts) else None
+
+
+class _Other(Exception):
+    """A model is not what the library computes."""
+
+
+def _require(condition: object) -> None:
+    if not condition:
+        raise _Other
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family whose base model this is."""
+    return next((family for name, family in FAMILIES.items() if _is(module, name, family.model)), None)
+
+
+def _is(module: nn.Module, family: str, name: str) -> bool:
+    kind = type(module)
+    known = f"transformers.models.{family}.modeling_{family}"
+    return kind.__module__ == known and kind.__name__ == FAMILIES[family].prefix + name
+
+
+def make_plan(model: nn.Module, path: kernels.Native) -> Plan | None:
+    """Describe a base model to the library; None where it is not what that computes."""
+    try:
+        return _make_plan(model, path)
+    except _Other:
+        return None
+
+
+def _make_plan(model: Any, path: kernels.Native) -> Plan:
+    name = type(model).__module__.rpartition("modeling_")[2]
+    family, config = FAMILIES[name], model.config
+    blocks = list(model.layers)[: config.num_hidden_layers]
+    _require(blocks and config._attn_implementation in ("sdpa", "eager"))
+    _require(not config.attention_dropout and not getattr(config, "use_bidirectional_attention", False))
+    _require(not config.output_attentions and not config.output_hidden_states and config.return_dict)
+    facts = Facts()
+    for module in (model.layers, model.norm, *(part for block in blocks for part in block.modules())):
+        facts.add_module(module)
+    for key in ("num_hidden_layers", "sliding_window", "layer_types", "_attn_implementation_internal"):
+        facts.add(config.__dict__, key)
+    _require(facts.undisturbed() and all(_is_block(block, name, family) for block in blocks))
+    _require(_is(model.norm, name, "RMSNorm"))
+    exact = blocks[0].self_attn.q_proj.activations == "float"
+    decoder = NativeDecoder(path, _shape(blocks), exact)
+    for i, block in enumerate(blocks):
+        for linear, place in PATHS.items():
+            decoder.set_linear(i, linear, _packed(block.get_submodule(place), exact, facts))
+        for norm, place in family.norms.items():
+            _set_norm(decoder, i, norm, block.get_submodule(place), family)
+    _set_norm(decoder, len(blocks), NORMS[0], model.norm, family)
+    kinds, rope_kinds = _set_attentions(decoder, blocks, family, config)
+    return Plan(decoder, facts, kinds, rope_kinds)
+
+
+def _is_block(block: Any, name: str, family: Family) -> bool:
+    """Whether a block is made of what its family's blocks are made of, with ternary linears, and of nothing else."""
+    attention, feed = block.self_attn, block.mlp
+    made_of = {"self_attn", "mlp", *PATHS.values(), *family.norms.values(), "mlp.act_fn"}
+    inside = {path for path, _ in block.named_modules() if path}
+    return (
+        inside == made_of
+        and all(type(block.get_submodule(place)) is TernaryLinear for place in PATHS.values())
+        and all(_is(block.get_submodule(place), name, "RMSNorm") for place in family.norms.values())
+        and (_is(block, name, "DecoderLayer") and _is(attention, name, "Attention") and _is(feed, name, "MLP"))
+        and type(feed.act_fn).__name__ in ACTIVATIONS
+        and not any(module.__dict__.get("forward") for module in block.modules())
+    )
+
+
+def _shape(blocks: list[Any]) -> Shape:
+    """What all blocks have in common."""
+    attention, feed = blocks[0].self_attn, blocks[0].mlp
+    size, hidden, inner = attention.head_dim, attention.q_proj.in_features, feed.up_proj.out_features
+    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+    wanted = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    wanted += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    for block in blocks:
+        linears = [block.get_submodule(place) for place in PATHS.values()]
+        _require([(linear.in_features, linear.out_features) for linear in linears] == wanted)
+        _require(block.self_attn.head_dim == size and type(block.mlp.act_fn) is type(feed.act_fn))
+    _require(size <= LARGEST_HEAD and size % 2 == 0 and queries % keys == 0 and keys % size == 0)
+    activation = ACTIVATIONS[type(feed.act_fn).__name__]
+    return Shape(len(blocks), hidden, inner, queries // size, keys // size, size, activation)
+
+
+def _packed(linear: TernaryLinear, exact: bool, facts: Facts) -> kernels.PackedTernary:
+    _require(linear.activations == ("float" if exact else "int8") and linear._unpacked is None)
+    facts.add(linear.__dict__, "activations")
+    facts.add(linear.__dict__, "_unpacked")
+    packed = linear.pack()
+    if not isinstance(packed, kernels.PackedTernary):
+        raise _Other
+    return packed
+
+
+def _set_norm(decoder: NativeDecoder, block: int, name: str, norm: Any, family: Family) -> None:
+    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    _require(norm.weight.device.type == "cpu")
+    decoder.set_norm(block, name, (norm.weight.detach().float() + family.offset).contiguous(), epsilon)
+
+
+def _set_attentions(
+    decoder: NativeDecoder, blocks: list[Any], family: Family, config: Any
+) -> tuple[list[tuple[int, list[int]]], list[tuple[str, ...]]]:
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(blocks)
+    slides = [family.sliding and kind == "sliding_attention" for kind in types]
+    windows = [(config.sliding_window or 0) if slide else 0 for slide in slides[: len(blocks)]]
+    _require(1 not in windows)  # transformers' cache then holds all positions
+    kinds = [(window, [i for i, w in enumerate(windows) if w == window]) for window in sorted(set(windows))]
+    ropes: list[tuple[str, ...]] = [(kind,) for kind in sorted(set(types))] if family.ropes else [()]
+    for number, (window, members) in enumerate(kinds):
+        for place, i in enumerate(members):
+            rope = ropes.index((types[i],)) if family.ropes else 0
+            decoder.set_attention(i, blocks[i].self_attn.scaling, window, rope, number, place)
+    return kinds, ropes
+
+
+# -- keys and values ---------------------------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Keys and values of blocks that are cached alike, in one tensor with room behind them; layers hold views of it.
+
+    What a view shows is never written again: a layer whose tensors are not the last views was cropped, reordered or
+    filled by someone else, and gets another shelf.
+
+    Args:
+        layers: of the cache.
+        window: of layers that keep only the last positions; 0 where they keep all.
+        memory: [2 L, 1, key heads, P, D], L the layers.
+        end: positions that are there.
+    """
+
+    def __init__(self, layers: list[Any], window: int, memory: Tensor, end: int) -> None:
+        self.layers, self.window, self.memory, self.first, self.end = layers, window, memory, 0, end
+        self.show()
+
+    def show(self) -> None:
+        """Let the layers hold what is there."""
+        self.views = self.memory[:, :, :, self.first : self.end].unbind()
+        for layer, keys, values in zip(self.layers, self.views[::2], self.views[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+
+    def serves(self, layers: list[Any], past: int) -> bool:
+        """Whether these layers still hold what they were shown, of `past` tokens, and there is room for one more."""
+        held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        same = all(map(operator.is_, held, self.views)) and all(map(operator.is_, layers, self.layers))
+        return same and self.end < self.memory.shape[-2] and _filled(layers, self.window, past)
+
+    def native(self) -> NativeCache:
+        """As the library takes it."""
+        return NativeCache.of(self.memory, self.first, self.end)
+
+    def advance(self) -> None:
+        """Show the position that a step added."""
+        self.end += 1
+        if self.window:
+            self.first = max(self.first, self.end - self.window + 1)
+            for layer in self.layers:
+                layer.cumulative_length += 1
+        self.show()
+
+
+def make_shelf(layers: list[Any], window: int, shape: Shape, past: int) -> Shelf | None:
+    """Copy what layers of a cache hold to a shelf; None where they are not as blocks of this window fill them.
+
+    Args:
+        window: of the blocks; 0 is none.
+        past: tokens that were cached.
+    """
+    kind = type(layers[0])
+    limit = window if kind is DynamicSlidingWindowLayer else 0
+    if kind not in (DynamicLayer, DynamicSlidingWindowLayer) or any(type(layer) is not kind for layer in layers):
+        return None
+    if (limit == 0 and kind is DynamicSlidingWindowLayer) or not _filled(layers, limit, past):
+        return None
+    length = min(past, limit - 1) if limit else past
+    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    wanted = (1, shape.key_heads, length, shape.head_size)
+    if any(tensor.shape != wanted or not kernels.usable(tensor) or tensor.dtype != held[0].dtype for tensor in held):
+        return None
+    capacity = length + max(ROOM, length // 2)
+    memory = held[0].new_empty(len(held), 1, shape.key_heads, capacity, shape.head_size)
+    for row, tensor in zip(memory, held, strict=True):
+        row[:, :, :length] = tensor
+    return Shelf(layers, limit, memory, length)
+
+
+def _filled(layers: list[Any], window: int, past: int) -> bool:
+    """Whether layers have seen `past` tokens; what they hold is looked at elsewhere."""
+    if not window:
+        return all(layer.is_initialized for layer in layers)
+    return all(
+        layer.is_initialized
+        and layer.sliding_window == window
+        and layer.cumulative_length == past
+        and not layer.record_past
+        for layer in layers
+    )
