@@ -29,6 +29,7 @@ from ternarize.runtime import TernaryLinear
 
 ROOM = 256  # positions by which a cache grows, at least
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
+_version = operator.attrgetter("_version")
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PATHS = dict(zip(LINEARS, (*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), strict=True))
 
@@ -110,7 +111,7 @@ class NativeForward:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._plan: Plan | None = None
-        self._shelves: WeakKeyDictionary[DynamicCache, list[Shelf]] = WeakKeyDictionary()
+        self._sequences: WeakKeyDictionary[DynamicCache, Sequence] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model}
@@ -120,8 +121,7 @@ class NativeForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and not args and asks_for_a_step(**kwargs):
-            with torch.no_grad():
-                out = self.step(**kwargs)
+            out = self.step(**kwargs)
             if out is not None:
                 return out
         return type(self.model).forward(self.model, *args, **kwargs)
@@ -138,52 +138,43 @@ class NativeForward:
     ) -> BaseModelOutputWithPast | None:
         """The model's output for one token; None where it has to be computed otherwise."""
         model: Any = self.model
-        plan = self.plan()
-        if plan is None or not (model.config.use_cache if use_cache is None else use_cache):
+        config = model.config
+        if model.training or _off[0] or not (config.use_cache if use_cache is None else use_cache):
+            return None
+        if config.output_attentions or config.output_hidden_states or not config.return_dict:
             return None
         past = past_key_values.get_seq_length()
         if attention_mask is not None and (attention_mask.shape != (1, past + 1) or not bool(attention_mask.all())):
             return None
-        shelves = self.shelves(past_key_values, plan, past)
-        if shelves is None:
+        sequence = self.sequence(past_key_values, past)
+        if sequence is None or not sequence.plan.without_gradients():
             return None
         hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position = torch.tensor([[past]]) if position_ids is None else position_ids
-        ropes = plan.ropes(model.rotary_emb, position)
-        if not kernels.usable(hidden) or ropes is None or any(shelf.memory.dtype != hidden.dtype for shelf in shelves):
+        ropes = sequence.plan.ropes(model.rotary_emb, position)
+        if ropes is None or not kernels.usable(hidden) or hidden.dtype != sequence.dtype:
             return None
-        out = plan.decoder.step(hidden.float().flatten(), ropes, [shelf.native() for shelf in shelves])
-        for shelf in shelves:
-            shelf.advance()
+        out = sequence.step(hidden.float().flatten(), ropes)
         return BaseModelOutputWithPast(out.to(hidden.dtype).view(1, 1, -1), past_key_values)
 
-    def plan(self) -> Plan | None:
-        """The model's description, made anew where it no longer holds; None where the library cannot serve it."""
-        path = kernels.native()
-        if path is None or _off[0] or self.model.training or _has_any_global_hook():
-            return None
-        if self._plan is None or self._plan.decoder.path != path or not self._plan.facts.hold():
-            self._plan = make_plan(self.model, path)
-        plan = self._plan
-        if plan is None or (torch.is_grad_enabled() and any(p.requires_grad for p in plan.facts.parameters)):
-            return None
-        return plan
+    def sequence(self, cache: DynamicCache, past: int) -> Sequence | None:
+        """What goes on in a cache with `past` tokens; None where the library cannot serve the model or the cache.
 
-    def shelves(self, cache: DynamicCache, plan: Plan, past: int) -> list[Shelf] | None:
-        """The cache's tensors with room for one position more; None where it is of another kind."""
-        if len(cache.layers) != plan.decoder.shape.blocks or cache.offloading:
+        Whether the model is what it was is looked at where a sequence begins; in its midst only hooks are.
+        """
+        path = kernels.native()
+        if path is None or _has_any_global_hook() or cache.offloading:
             return None
-        before = self._shelves.get(cache, [])
-        shelves = []
-        for number, (window, blocks) in enumerate(plan.kinds):
-            layers = [cache.layers[i] for i in blocks]
-            shelf = before[number] if number < len(before) and before[number].serves(layers, past) else None
-            shelf = shelf or make_shelf(layers, window, plan.decoder.shape, past)
-            if shelf is None:
-                return None
-            shelves.append(shelf)
-        self._shelves[cache] = shelves
-        return shelves
+        sequence = self._sequences.get(cache)
+        current = self._plan is not None and self._plan.decoder.path == path
+        if current and sequence is not None and sequence.plan is self._plan and sequence.goes_on(cache, past):
+            return sequence
+        if self._plan is None or not current or not self._plan.facts.hold():
+            self._plan = make_plan(self.model, path)
+        sequence = None if self._plan is None else start_sequence(self._plan, cache, past)
+        if sequence is not None:
+            self._sequences[cache] = sequence
+        return sequence
 
 
 def asks_for_a_step(
@@ -220,9 +211,10 @@ class Facts:
         self.names: list[str] = []
         self.values: list[Any] = []
         self.tensors: list[Tensor] = []
-        self.versions: list[tuple[int, int]] = []
+        self.versions: list[int] = []
         self.hooks: list[dict[int, Any]] = []
         self.parameters: list[nn.Parameter] = []
+        self.pointers: list[int] = []  # theirs, which .to(dtype) changes
 
     def add(self, place: dict[str, Any], name: str) -> None:
         """That `place[name]` is what it is now, or is missing."""
@@ -234,19 +226,22 @@ class Facts:
         """A module's children and tensors, and that nothing intervenes in its forward."""
         self.add(module.__dict__, "forward")
         for place in (module._modules, module._buffers, module._parameters):
-            for name in place:
-                self.add(place, name)
-        for tensor in (*module._buffers.values(), *module._parameters.values()):
-            if tensor is not None and not tensor.is_inference():
-                self.tensors.append(tensor)
-                self.versions.append(_version(tensor))
+            for name, value in place.items():
+                if value is not None:
+                    self.add(place, name)
+                if isinstance(value, Tensor) and not value.is_inference():
+                    self.tensors.append(value)
+                    self.versions.append(value._version)
         self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-        self.parameters += [p for p in module._parameters.values() if p is not None]
+        parameters = [p for p in module._parameters.values() if p is not None]
+        self.parameters += parameters
+        self.pointers += [p.data_ptr() for p in parameters]
 
     def hold(self) -> bool:
         """Whether all of it is still so."""
         same = all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
-        return same and list(map(_version, self.tensors)) == self.versions and self.undisturbed()
+        same = same and list(map(_version, self.tensors)) == self.versions
+        return same and [p.data_ptr() for p in self.parameters] == self.pointers and self.undisturbed()
 
     def undisturbed(self) -> bool:
         """Whether there are no hooks but those that transformers leaves behind, which rest until asked."""
@@ -255,10 +250,6 @@ class Facts:
             for hooks in self.hooks
             for hook in hooks.values()
         )
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
 
 
 @dataclass(frozen=True)
@@ -276,6 +267,10 @@ class Plan:
     facts: Facts
     kinds: list[tuple[int, list[int]]]
     rope_kinds: list[tuple[str, ...]]
+
+    def without_gradients(self) -> bool:
+        """Whether nobody wants a gradient of what is inside the blocks."""
+        return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.facts.parameters))
 
     def ropes(self, rotary: nn.Module, position: Tensor) -> Tensor | None:
         """Cosines and sines of a position, float32 [R, 2, D]; None where they are not as long as a head."""
@@ -319,7 +314,6 @@ def _make_plan(model: Any, path: kernels.Native) -> Plan:
     blocks = list(model.layers)[: config.num_hidden_layers]
     _require(blocks and config._attn_implementation in ("sdpa", "eager"))
     _require(not config.attention_dropout and not getattr(config, "use_bidirectional_attention", False))
-    _require(not config.output_attentions and not config.output_hidden_states and config.return_dict)
     facts = Facts()
     for module in (model.layers, model.norm, *(part for block in blocks for part in block.modules())):
         facts.add_module(module)
@@ -428,11 +422,11 @@ class Shelf:
         for layer, keys, values in zip(self.layers, self.views[::2], self.views[1::2], strict=True):
             layer.keys, layer.values = keys, values
 
-    def serves(self, layers: list[Any], past: int) -> bool:
-        """Whether these layers still hold what they were shown, of `past` tokens, and there is room for one more."""
-        held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        same = all(map(operator.is_, held, self.views)) and all(map(operator.is_, layers, self.layers))
-        return same and self.end < self.memory.shape[-2] and _filled(layers, self.window, past)
+    def goes_on(self, past: int) -> bool:
+        """Whether the layers still hold what they were shown, of `past` tokens, and there is room for one more."""
+        held = [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+        same = all(map(operator.is_, held, self.views))
+        return same and self.end < self.memory.shape[-2] and _filled(self.layers, self.window, past)
 
     def native(self) -> NativeCache:
         """As the library takes it."""
@@ -448,7 +442,45 @@ class Shelf:
         self.show()
 
 
-def make_shelf(layers: list[Any], window: int, shape: Shape, past: int) -> Shelf | None:
+@dataclass(frozen=True)
+class Sequence:
+    """The tokens of a cache, and the plan that its next one follows."""
+
+    plan: Plan
+    shelves: list[Shelf]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.shelves[0].memory.dtype
+
+    def goes_on(self, cache: DynamicCache, past: int) -> bool:
+        """Whether the cache is as the last step left it, with room for another, and no hook has come."""
+        layers = [cache.layers[i] for _, blocks in self.plan.kinds for i in blocks]
+        known = [layer for shelf in self.shelves for layer in shelf.layers]
+        same = all(map(operator.is_, layers, known)) and len(cache.layers) == len(known)
+        return same and all(shelf.goes_on(past) for shelf in self.shelves) and self.plan.facts.undisturbed()
+
+    def step(self, x: Tensor, ropes: Tensor) -> Tensor:
+        """One token: float32 x [H] and ropes [R, 2, D] -> float32 [H]."""
+        out = self.plan.decoder.step(x, ropes, [shelf.native() for shelf in self.shelves])
+        for shelf in self.shelves:
+            shelf.advance()
+        return out
+
+
+def start_sequence(plan: Plan, cache: DynamicCache, past: int) -> Sequence | None:
+    """From what a cache with `past` tokens holds; None where that is not what the model's blocks leave there."""
+    if len(cache.layers) != plan.decoder.shape.blocks:
+        return None
+    made = [make_shelf([cache.layers[i] for i in blocks], window, plan, past) for window, blocks in plan.kinds]
+    shelves = [shelf for shelf in made if shelf is not None]
+    if len(shelves) < len(made) or len({shelf.memory.dtype for shelf in shelves}) > 1:
+        return None
+    return Sequence(plan, shelves)
+
+
+def make_shelf(layers: list[Any], window: int, plan: Plan, past: int) -> Shelf | None:
     """Copy what layers of a cache hold to a shelf; None where they are not as blocks of this window fill them.
 
     Args:
@@ -461,7 +493,7 @@ def make_shelf(layers: list[Any], window: int, shape: Shape, past: int) -> Shelf
         return None
     if (limit == 0 and kind is DynamicSlidingWindowLayer) or not _filled(layers, limit, past):
         return None
-    length = min(past, limit - 1) if limit else past
+    shape, length = plan.decoder.shape, min(past, limit - 1) if limit else past
     held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     wanted = (1, shape.key_heads, length, shape.head_size)
     if any(tensor.shape != wanted or not kernels.usable(tensor) or tensor.dtype != held[0].dtype for tensor in held):
