@@ -1,5 +1,7 @@
 /* What a block does between its linears, in float32. Included by tile.h, once for each path. */
 
+enum { TOGETHER = 4 };
+
 /* exp(x) to 2 ulp, without a call, so that loops become vector code. */
 static ALWAYS_INLINE float exp_of(float x) {
     x = x < -87.0f ? -87.0f : x;
@@ -23,14 +25,6 @@ static ALWAYS_INLINE float dot(const float *a, const float *b, int64_t size) {
     float sum = f_sum(lanes);
     for (; i < size; i++) sum += a[i] * b[i];
     return sum;
-}
-
-/* y += a x */
-static ALWAYS_INLINE void add_scaled(float a, const float *restrict x, int64_t size, float *restrict y) {
-    const fvec factor = f_set(a);
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) f_store(y + i, f_fma(factor, f_load(x + i), f_load(y + i)));
-    for (; i < size; i++) y[i] += a * x[i];
 }
 
 /* 1 / sqrt(x) by Newton's method from a guess at the exponent: no call of the mathematical library. */
@@ -57,10 +51,10 @@ static void rotate(float *head, const float *rope, int64_t size) {
     }
 }
 
-/* A row of keys or values as floats, in `room` where it has to be converted. */
-static ALWAYS_INLINE const float *read_row(const char *rows, int dtype, int64_t size, int64_t row, float *room) {
-    if (dtype == TZ_FLOAT32) return (const float *)rows + row * size;
-    read_activations(rows, dtype, row * size, (int)size, room);
+/* Columns of a row of keys or values as floats, in `room` where they have to be converted. */
+static ALWAYS_INLINE const float *read_row(const char *rows, int dtype, int64_t at, int columns, float *room) {
+    if (dtype == TZ_FLOAT32) return (const float *)rows + at;
+    read_activations(rows, dtype, at, columns, room);
     return room;
 }
 
@@ -84,17 +78,68 @@ static ALWAYS_INLINE float sum_scores(const float *scores, int64_t count) {
     return sum;
 }
 
+/* Products of a query with TOGETHER keys, so that no sum waits for itself. */
+static ALWAYS_INLINE void score_some(const tz_attention *a, const float *query, int64_t first, float *scores) {
+    const int64_t size = a->size, whole = size / LANES * LANES;
+    float room[TOGETHER][HEAD_SIZE];
+    const float *key[TOGETHER];
+    fvec sum[TOGETHER];
+    UNROLL for (int p = 0; p < TOGETHER; p++) {
+        key[p] = read_row(a->keys, a->dtype, (first + p) * size, (int)size, room[p]);
+        sum[p] = f_set(0);
+    }
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const fvec q = f_load(query + i);
+        UNROLL for (int p = 0; p < TOGETHER; p++) sum[p] = f_fma(q, f_load(key[p] + i), sum[p]);
+    }
+    UNROLL for (int p = 0; p < TOGETHER; p++) {
+        float score = f_sum(sum[p]);
+        for (int64_t i = whole; i < size; i++) score += query[i] * key[p][i];
+        scores[first + p] = score * a->scale;
+    }
+}
+
+static void score(const tz_attention *a, const float *query, float *scores) {
+    float room[HEAD_SIZE];
+    int64_t p = 0;
+    for (; p + TOGETHER <= a->positions; p += TOGETHER) score_some(a, query, p, scores);
+    for (; p < a->positions; p++)
+        scores[p] = dot(query, read_row(a->keys, a->dtype, p * a->size, (int)a->size, room), a->size) * a->scale;
+}
+
+/* Columns first .. first + TOGETHER * LANES of the sum of values, each times its weight; sums stay in registers. */
+static ALWAYS_INLINE void mix_some(const tz_attention *a, const float *weights, int64_t first, float *out) {
+    float room[TOGETHER * LANES];
+    fvec sum[TOGETHER];
+    UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] = f_set(0);
+    for (int64_t p = 0; p < a->positions; p++) {
+        const float *value = read_row(a->values, a->dtype, p * a->size + first, TOGETHER * LANES, room);
+        const fvec weight = f_set(weights[p]);
+        UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] = f_fma(weight, f_load(value + i * LANES), sum[i]);
+    }
+    UNROLL for (int i = 0; i < TOGETHER; i++) f_store(out + first + i * LANES, sum[i]);
+}
+
+static void mix(const tz_attention *a, const float *weights, float *restrict out) {
+    int64_t first = 0;
+    for (; first + TOGETHER * LANES <= a->size; first += TOGETHER * LANES) mix_some(a, weights, first, out);
+    const int rest = (int)(a->size - first);
+    float room[TOGETHER * LANES], sum[TOGETHER * LANES] = {0};
+    for (int64_t p = 0; rest > 0 && p < a->positions; p++) {
+        const float *value = read_row(a->values, a->dtype, p * a->size + first, rest, room);
+        for (int i = 0; i < rest; i++) sum[i] += weights[p] * value[i];
+    }
+    memcpy(out + first, sum, (size_t)rest * sizeof(float));
+}
+
 /* One head's attention: query [size], scores [positions] for its own use, out [size]. */
 static void attend(const tz_attention *a, const float *query, float *restrict scores, float *restrict out) {
-    float room[HEAD_SIZE];
-    for (int64_t p = 0; p < a->positions; p++)
-        scores[p] = dot(query, read_row(a->keys, a->dtype, a->size, p, room), a->size) * a->scale;
+    score(a, query, scores);
     const float largest = largest_score(scores, a->positions);
     for (int64_t p = 0; p < a->positions; p++) scores[p] = exp_of(scores[p] - largest);
     const float sum = sum_scores(scores, a->positions);
-    memset(out, 0, (size_t)a->size * sizeof(float));
-    for (int64_t p = 0; p < a->positions; p++)
-        add_scaled(scores[p] / sum, read_row(a->values, a->dtype, a->size, p, room), a->size, out);
+    mix(a, scores, out);
+    for (int64_t i = 0; i < a->size; i++) out[i] /= sum;
 }
 
 /* out = activation(out) * up, 16 rows of each. */
