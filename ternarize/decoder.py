@@ -29,6 +29,14 @@ from ternarize.runtime import TernaryLinear
 
 ROOM = 256  # positions by which a cache grows, at least
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
+SETTINGS = (  # of a config, that the blocks' forward reads
+    "num_hidden_layers",
+    "sliding_window",
+    "layer_types",
+    "attention_dropout",
+    "use_bidirectional_attention",
+    "_attn_implementation_internal",
+)
 _version = operator.attrgetter("_version")
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PATHS = dict(zip(LINEARS, (*PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), strict=True))
@@ -78,8 +86,9 @@ def attach(model: nn.Module) -> None:
         forward = module.__dict__.get("forward")
         if family_of(module) is not None and (forward is None or isinstance(forward, NativeForward)):
             module.forward = NativeForward(module)  # type: ignore[method-assign, assignment]
-        if hasattr(type(module), "generate") and any(family_of(child) is not None for child in module.children()):
-            module.generate = CalmGenerate(module)  # type: ignore[assignment]
+        generate = module.__dict__.get("generate", getattr(type(module), "generate", None) and CalmGenerate(module))
+        if isinstance(generate, CalmGenerate) and any(family_of(child) is not None for child in module.children()):
+            module.generate = generate  # type: ignore[assignment]
 
 
 def detach(model: nn.Module) -> None:
@@ -143,6 +152,7 @@ class NativeForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._facts: Facts | None = None
         self._plan: Plan | None = None
         self._sequences: WeakKeyDictionary[DynamicCache, Sequence] = WeakKeyDictionary()
 
@@ -153,7 +163,8 @@ class NativeForward:
         self.__init__(**state)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and not args and asks_for_a_step(**kwargs):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not traced and not args and asks_for_a_step(**kwargs):
             out = self.step(**kwargs)
             if out is not None:
                 return out
@@ -183,7 +194,7 @@ class NativeForward:
         if sequence is None or not sequence.plan.without_gradients():
             return None
         hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        position = torch.tensor([[past]]) if position_ids is None else position_ids
+        position = torch.tensor([[past]], device="cpu") if position_ids is None else position_ids
         ropes = sequence.plan.ropes(model.rotary_emb, position)
         if ropes is None or not kernels.usable(hidden) or hidden.dtype != sequence.dtype:
             return None
@@ -202,9 +213,12 @@ class NativeForward:
         current = self._plan is not None and self._plan.decoder.path == path
         if current and sequence is not None and sequence.plan is self._plan and sequence.goes_on(cache, past):
             return sequence
-        if self._plan is None or not current or not self._plan.facts.hold():
-            self._plan = make_plan(self.model, path)
-        sequence = None if self._plan is None else start_sequence(self._plan, cache, past)
+        if self._facts is None or not self._facts.hold(path):
+            self._facts = Facts(self.model, path)
+            self._plan = make_plan(self.model, path, self._facts)
+        if self._plan is None or not self._facts.undisturbed():
+            return None
+        sequence = start_sequence(self._plan, cache, past)
         if sequence is not None:
             self._sequences[cache] = sequence
         return sequence
@@ -237,9 +251,15 @@ def asks_for_a_step(
 
 
 class Facts:
-    """What a plan was made from, so that one can tell whether it still holds."""
+    """What a plan is made from, or refused for, so that one can tell whether it still holds.
 
-    def __init__(self) -> None:
+    Args:
+        model: a base model.
+        path: that the linears are laid out for.
+    """
+
+    def __init__(self, model: Any, path: kernels.Native) -> None:
+        self.path = path
         self.places: list[dict[str, Any]] = []
         self.names: list[str] = []
         self.values: list[Any] = []
@@ -248,6 +268,10 @@ class Facts:
         self.hooks: list[dict[int, Any]] = []
         self.parameters: list[nn.Parameter] = []
         self.pointers: list[int] = []  # theirs, which .to(dtype) changes
+        for key in SETTINGS:
+            self.add(model.config.__dict__, key)
+        for module in (*model.layers.modules(), model.norm):
+            self.add_module(module)
 
     def add(self, place: dict[str, Any], name: str) -> None:
         """That `place[name]` is what it is now, or is missing."""
@@ -256,8 +280,11 @@ class Facts:
         self.values.append(place.get(name))
 
     def add_module(self, module: nn.Module) -> None:
-        """A module's children and tensors, and that nothing intervenes in its forward."""
+        """A module's children and tensors, and what intervenes in its forward."""
         self.add(module.__dict__, "forward")
+        if isinstance(module, TernaryLinear):
+            self.add(module.__dict__, "activations")
+            self.add(module.__dict__, "_unpacked")
         for place in (module._modules, module._buffers, module._parameters):
             for name, value in place.items():
                 if value is not None:
@@ -270,11 +297,11 @@ class Facts:
         self.parameters += parameters
         self.pointers += [p.data_ptr() for p in parameters]
 
-    def hold(self) -> bool:
-        """Whether all of it is still so."""
-        same = all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
+    def hold(self, path: kernels.Native) -> bool:
+        """Whether all of it is still so, but for hooks."""
+        same = self.path == path and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
         same = same and list(map(_version, self.tensors)) == self.versions
-        return same and [p.data_ptr() for p in self.parameters] == self.pointers and self.undisturbed()
+        return same and [p.data_ptr() for p in self.parameters] == self.pointers
 
     def undisturbed(self) -> bool:
         """Whether there are no hooks but those that transformers leaves behind, which rest until asked."""
@@ -307,7 +334,7 @@ class Plan:
 
     def ropes(self, rotary: nn.Module, position: Tensor) -> Tensor | None:
         """Cosines and sines of a position, float32 [R, 2, D]; None where they are not as long as a head."""
-        x = torch.empty(0)  # says in which dtype
+        x = torch.empty(0, dtype=torch.float32, device="cpu")
         parts = [part for kind in self.rope_kinds for part in rotary(x, position, *kind)]
         size = self.decoder.shape.head_size
         return torch.stack([part.view(-1) for part in parts]) if all(p.numel() == size for p in parts) else None
@@ -333,32 +360,27 @@ def _is(module: nn.Module, family: str, name: str) -> bool:
     return kind.__module__ == known and kind.__name__ == FAMILIES[family].prefix + name
 
 
-def make_plan(model: nn.Module, path: kernels.Native) -> Plan | None:
+def make_plan(model: nn.Module, path: kernels.Native, facts: Facts) -> Plan | None:
     """Describe a base model to the library; None where it is not what that computes."""
     try:
-        return _make_plan(model, path)
+        return _make_plan(model, path, facts)
     except _Other:
         return None
 
 
-def _make_plan(model: Any, path: kernels.Native) -> Plan:
+def _make_plan(model: Any, path: kernels.Native, facts: Facts) -> Plan:
     name = type(model).__module__.rpartition("modeling_")[2]
     family, config = FAMILIES[name], model.config
     blocks = list(model.layers)[: config.num_hidden_layers]
     _require(blocks and config._attn_implementation in ("sdpa", "eager"))
     _require(not config.attention_dropout and not getattr(config, "use_bidirectional_attention", False))
-    facts = Facts()
-    for module in (model.layers, model.norm, *(part for block in blocks for part in block.modules())):
-        facts.add_module(module)
-    for key in ("num_hidden_layers", "sliding_window", "layer_types", "_attn_implementation_internal"):
-        facts.add(config.__dict__, key)
-    _require(facts.undisturbed() and all(_is_block(block, name, family) for block in blocks))
+    _require(all(_is_block(block, name, family) for block in blocks))
     _require(_is(model.norm, name, "RMSNorm"))
     exact = blocks[0].self_attn.q_proj.activations == "float"
     decoder = NativeDecoder(path, _shape(blocks), exact)
     for i, block in enumerate(blocks):
         for linear, place in PATHS.items():
-            decoder.set_linear(i, linear, _packed(block.get_submodule(place), exact, facts))
+            decoder.set_linear(i, linear, _packed(block.get_submodule(place), exact))
         for norm, place in family.norms.items():
             _set_norm(decoder, i, norm, block.get_submodule(place), family)
     _set_norm(decoder, len(blocks), NORMS[0], model.norm, family)
@@ -397,10 +419,8 @@ def _shape(blocks: list[Any]) -> Shape:
     return Shape(len(blocks), hidden, inner, queries // size, keys // size, size, activation)
 
 
-def _packed(linear: TernaryLinear, exact: bool, facts: Facts) -> kernels.PackedTernary:
+def _packed(linear: TernaryLinear, exact: bool) -> kernels.PackedTernary:
     _require(linear.activations == ("float" if exact else "int8") and linear._unpacked is None)
-    facts.add(linear.__dict__, "activations")
-    facts.add(linear.__dict__, "_unpacked")
     packed = linear.pack()
     if not isinstance(packed, kernels.PackedTernary):
         raise _Other

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, make_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StaticCache
 
 import ternarize
 from ternarize import TernaryLinear, TernaryTensor, decoder
@@ -156,10 +156,9 @@ def test_variants_of_llama(changes: dict[str, Any], path: str, steps: list[int])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["float", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_is_the_same(family: str, kind: str, steps: list[int]) -> None:
-    model = make_ternary(family, kind)
+def test_greedy_generation_is_the_same(family: str, steps: list[int]) -> None:
+    model = make_ternary(family)
     arguments: dict[str, Any] = {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False}
     ids = tokens(9)
     got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
@@ -167,6 +166,20 @@ def test_greedy_generation_is_the_same(family: str, kind: str, steps: list[int])
     with decoder.linear_by_linear():
         want = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
     assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_activations_are_as_far_from_exact_ones_as_ever(family: str, path: str, steps: list[int]) -> None:
+    """Not the same: what rounds one activation up and the next one down is the last bit of a float."""
+    model, exact = make_ternary(family, "int8"), make_ternary(family)
+    parts = [5, *[1] * 20]
+    with decoder.linear_by_linear():
+        want = torch.cat(walk(exact, parts, DynamicCache()), 1)
+        ordinary = torch.cat(walk(model, parts, DynamicCache()), 1)
+    got = torch.cat(walk(model, parts, DynamicCache()), 1)
+    assert steps[0] == 20
+    assert 0 < (got - want).norm() < 1.2 * (ordinary - want).norm()
 
 
 @torch.no_grad()
@@ -210,6 +223,18 @@ def test_steps_and_ordinary_forwards_take_turns(family: str, steps: list[int]) -
     model = make_ternary(family)
     parts = [4, 1, 1, lambda cache: cache.crop(-3), 1, 3, 1, 1, lambda cache: cache.crop(-1), 1, 12, 1, 1, 5, 1]
     compare(model, parts, lambda: DynamicCache(config=model.config), steps, 9)
+
+
+def test_inference_mode_comes_and_goes(steps: list[int]) -> None:
+    model = make_ternary()
+    ours, theirs = DynamicCache(), DynamicCache()
+    modes: tuple[Any, ...] = (torch.no_grad, torch.inference_mode, torch.enable_grad)
+    for seed, (count, mode) in enumerate([(4, 0), (1, 1), (1, 0), (1, 2), (2, 1), (1, 2), (1, 1)]):
+        with modes[mode]():
+            got = logits(model, tokens(count, seed=seed), ours)
+        with decoder.linear_by_linear(), torch.inference_mode():
+            assert_close(got, logits(model, tokens(count, seed=seed), theirs))
+    assert steps[0] == 5
 
 
 @torch.no_grad()
@@ -356,6 +381,38 @@ def test_changed_weights_count_from_the_next_text_on(steps: list[int]) -> None:
     steps[0] = 0
     model.model.layers[0].input_layernorm.weight = nn.Parameter(torch.ones(32), requires_grad=False)
     compare(model, [4, 1, 1], DynamicCache, steps, 2)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_generation_itself_runs_in_one_thread_and_the_model_in_all(steps: list[int]) -> None:
+    model, ids = make_ternary(), tokens(5)
+    inside: list[int] = []
+    outside: list[int] = []
+    model.model.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
+
+    class Watch(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            outside.append(torch.get_num_threads())
+            if len(outside) == 8:
+                raise KeyError("enough")
+            return scores
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        arguments: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+        model.generate(ids, logits_processor=[Watch()], **arguments)
+        assert (set(inside), outside, steps[0]) == ({3}, [1] * 5, 4)
+        with pytest.raises(KeyError, match="enough"):
+            model.generate(ids, logits_processor=[Watch()], **arguments)
+        assert torch.get_num_threads() == 3
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- copies, threads, processes ----------------------------------------------------------------------------------------
