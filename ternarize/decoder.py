@@ -115,10 +115,10 @@ def linear_by_linear() -> Iterator[None]:
 
 
 class CalmGenerate:
-    """The `generate` of a model, whose own tensor operations run in one thread; the model's in as many as ever.
+    """The `generate` of a model, which chooses the next token of one text in one thread; the model runs in all.
 
-    Choosing a token takes a few operations on one number for each word. Shared among torch's threads they gain
-    microseconds on an idle machine, and lose milliseconds each on one where a thread has to wait for its turn.
+    Choosing takes a few operations on one number for each word. Shared among torch's threads they gain microseconds on
+    an idle machine, and lose milliseconds each on one where a thread has to wait for its turn.
 
     Args:
         model: with a language model's head.
@@ -132,9 +132,14 @@ class CalmGenerate:
         threads = torch.get_num_threads()
         if threads == 1 or _off[0]:
             return type(model).generate(model, *args, **kwargs)
+
+        def choose(_: nn.Module, __: Any, out: Any) -> None:
+            logits = getattr(out, "logits", None)
+            if isinstance(logits, Tensor) and logits.shape[0] == 1:
+                torch.set_num_threads(1)
+
         begin = model.register_forward_pre_hook(lambda *_: torch.set_num_threads(threads))
-        end = model.register_forward_hook(lambda *_: torch.set_num_threads(1), always_call=True)
-        torch.set_num_threads(1)
+        end = model.register_forward_hook(choose)
         try:
             return type(model).generate(model, *args, **kwargs)
         finally:
@@ -243,7 +248,7 @@ def asks_for_a_step(
         and token.device.type == "cpu"
         and (position_ids is None or position_ids.shape == (1, 1))
         and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2))
-        and not any(value for value in others.values())
+        and all(value is None or value is False for value in others.values())
     )
 
 

@@ -409,6 +409,9 @@ def test_generation_itself_runs_in_one_thread_and_the_model_in_all(steps: list[i
         with pytest.raises(KeyError, match="enough"):
             model.generate(ids, logits_processor=[Watch()], **arguments)
         assert torch.get_num_threads() == 3
+        del inside[:], outside[:]
+        model.generate(tokens(5, batch=2), logits_processor=[Watch()], **arguments)
+        assert (set(inside), outside) == ({3}, [3] * 5)
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
     finally:
