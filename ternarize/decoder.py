@@ -380,7 +380,7 @@ def _make_plan(model: Any, path: kernels.Native, facts: Facts) -> Plan:
     _require(blocks and config._attn_implementation in ("sdpa", "eager"))
     _require(not config.attention_dropout and not getattr(config, "use_bidirectional_attention", False))
     _require(all(_is_block(block, name, family) for block in blocks))
-    _require(_is(model.norm, name, "RMSNorm"))
+    _require(_is(model.norm, name, "RMSNorm") and not model.norm.__dict__.get("forward"))
     exact = blocks[0].self_attn.q_proj.activations == "float"
     decoder = NativeDecoder(path, _shape(blocks), exact)
     for i, block in enumerate(blocks):
@@ -395,16 +395,19 @@ def _make_plan(model: Any, path: kernels.Native, facts: Facts) -> Plan:
 
 def _is_block(block: Any, name: str, family: Family) -> bool:
     """Whether a block is made of what its family's blocks are made of, with ternary linears, and of nothing else."""
-    attention, feed = block.self_attn, block.mlp
-    made_of = {"self_attn", "mlp", *PATHS.values(), *family.norms.values(), "mlp.act_fn"}
-    inside = {path for path, _ in block.named_modules() if path}
+    inside = dict(block.named_modules())
+    made_of = {"", "self_attn", "mlp", "mlp.act_fn", *PATHS.values(), *family.norms.values()}
+    if inside.keys() != made_of or any(module.__dict__.get("forward") for module in inside.values()):
+        return False
+    activation = type(inside["mlp.act_fn"])
     return (
-        inside == made_of
-        and all(type(block.get_submodule(place)) is TernaryLinear for place in PATHS.values())
-        and all(_is(block.get_submodule(place), name, "RMSNorm") for place in family.norms.values())
-        and (_is(block, name, "DecoderLayer") and _is(attention, name, "Attention") and _is(feed, name, "MLP"))
-        and type(feed.act_fn).__name__ in ACTIVATIONS
-        and not any(module.__dict__.get("forward") for module in block.modules())
+        all(type(inside[place]) is TernaryLinear for place in PATHS.values())
+        and all(_is(inside[place], name, "RMSNorm") for place in family.norms.values())
+        and _is(block, name, "DecoderLayer")
+        and _is(inside["self_attn"], name, "Attention")
+        and _is(inside["mlp"], name, "MLP")
+        and activation.__module__.startswith(("torch.nn.", "transformers."))
+        and activation.__name__ in ACTIVATIONS
     )
 
 

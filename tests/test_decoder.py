@@ -320,6 +320,13 @@ def test_other_requests_run_as_ever(steps: list[int], monkeypatch: pytest.Monkey
     monkeypatch.undo()
 
 
+class Skipped(nn.Module):
+    """In a block's place."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return x
+
+
 def test_models_that_are_not_as_known_run_as_ever(steps: list[int]) -> None:
     for family in ("gemma2", "phi3", "smollm3", "olmo2"):
         model = make_ternary(family)
@@ -336,6 +343,9 @@ def test_models_that_are_not_as_known_run_as_ever(steps: list[int]) -> None:
     model.model.layers[0].mlp.down_proj.forward = lambda x: x.new_zeros(*x.shape[:-1], 32)
     refused(model, steps)
     del model.model.layers[0].mlp.down_proj.forward
+    block, model.model.layers[1] = model.model.layers[1], Skipped()
+    refused(model, steps)
+    model.model.layers[1] = block
     run_natively(model.model.layers[0].mlp.down_proj, "int8")  # one of another kind
     refused(model, steps)
     run_natively(model, "int8")
