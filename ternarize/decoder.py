@@ -10,12 +10,13 @@ Between the linears a step computes in float32, whatever the model's dtype; keys
 
 from __future__ import annotations
 
+import functools
 import operator
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +87,8 @@ def attach(model: nn.Module) -> None:
         forward = module.__dict__.get("forward")
         if family_of(module) is not None and (forward is None or isinstance(forward, NativeForward)):
             module.forward = NativeForward(module)  # type: ignore[method-assign, assignment]
-        generate = module.__dict__.get("generate", getattr(type(module), "generate", None) and CalmGenerate(module))
-        if isinstance(generate, CalmGenerate) and any(family_of(child) is not None for child in module.children()):
-            module.generate = generate  # type: ignore[assignment]
+        if hasattr(type(module), "generate") and any(family_of(child) is not None for child in module.children()):
+            _calm(type(module))
 
 
 def detach(model: nn.Module) -> None:
@@ -96,8 +96,6 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), NativeForward):
             del module.forward
-        if isinstance(module.__dict__.get("generate"), CalmGenerate):
-            del module.generate
 
 
 _off: list[bool] = [False]
@@ -114,52 +112,58 @@ def linear_by_linear() -> Iterator[None]:
         _off[0] = before
 
 
-class CalmGenerate:
-    """The `generate` of a model, which chooses the next token of one text in one thread; the model runs in all.
+def _calm(kind: Any) -> None:
+    """Let models of a class choose the next token of one text in one thread, if they take native steps.
 
     Choosing takes a few operations on one number for each word. Shared among torch's threads they gain microseconds on
-    an idle machine, and lose milliseconds each on one where a thread has to wait for its turn.
-
-    Args:
-        model: with a language model's head.
+    an idle machine, and lose milliseconds each on one where a thread has to wait for its turn. On the class, because a
+    function on the model would keep the model alive.
     """
+    original = kind.generate
+    if getattr(original, "calm", False):
+        return
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def choose(_: nn.Module, __: Any, out: Any) -> None:
+        logits = getattr(out, "logits", None)
+        if isinstance(logits, Tensor) and logits.shape[0] == 1:
+            torch.set_num_threads(1)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         threads = torch.get_num_threads()
-        if threads == 1 or _off[0]:
-            return type(model).generate(model, *args, **kwargs)
-
-        def choose(_: nn.Module, __: Any, out: Any) -> None:
-            logits = getattr(out, "logits", None)
-            if isinstance(logits, Tensor) and logits.shape[0] == 1:
-                torch.set_num_threads(1)
-
-        begin = model.register_forward_pre_hook(lambda *_: torch.set_num_threads(threads))
-        end = model.register_forward_hook(choose)
+        attached = any(isinstance(child.__dict__.get("forward"), NativeForward) for child in self.children())
+        if threads == 1 or _off[0] or not attached:
+            return original(self, *args, **kwargs)
+        begin = self.register_forward_pre_hook(lambda *_: torch.set_num_threads(threads))
+        end = self.register_forward_hook(choose)
         try:
-            return type(model).generate(model, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             begin.remove()
             end.remove()
             torch.set_num_threads(threads)
+
+    generate.calm = True  # type: ignore[attr-defined]
+    kind.generate = generate
 
 
 class NativeForward:
     """The forward of a base model, with native steps where they serve.
 
     Args:
-        model: the base model; copies and pickles of it have their own.
+        model: the base model, which owns this and is not kept alive by it; copies and pickles have their own.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self._facts: Facts | None = None
         self._plan: Plan | None = None
-        self._sequences: WeakKeyDictionary[DynamicCache, Sequence] = WeakKeyDictionary()
+        self._sequences: weakref.WeakKeyDictionary[DynamicCache, Sequence] = weakref.WeakKeyDictionary()
+
+    @property
+    def model(self) -> Any:
+        """The base model."""
+        return self._model()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model}
@@ -173,7 +177,8 @@ class NativeForward:
             out = self.step(**kwargs)
             if out is not None:
                 return out
-        return type(self.model).forward(self.model, *args, **kwargs)
+        model = self.model
+        return type(model).forward(model, *args, **kwargs)
 
     def step(
         self,
@@ -186,7 +191,7 @@ class NativeForward:
         **_: Any,
     ) -> BaseModelOutputWithPast | None:
         """The model's output for one token; None where it has to be computed otherwise."""
-        model: Any = self.model
+        model = self.model
         config = model.config
         if model.training or _off[0] or not (config.use_cache if use_cache is None else use_cache):
             return None

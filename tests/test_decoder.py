@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -442,6 +444,17 @@ def test_copies_and_pickles_step_for_themselves(steps: list[int], tmp_path: Path
         assert steps[0] == before + 2
         twin.model.norm.weight.zero_()
     assert all(torch.equal(a, b) for a, b in zip(walk(model, [4, 1, 1], DynamicCache()), want, strict=True))
+
+
+@torch.no_grad()
+def test_a_model_goes_when_nobody_holds_it(steps: list[int]) -> None:
+    model = make_ternary()
+    model.generate(tokens(5), max_new_tokens=4, eos_token_id=-1, do_sample=False)
+    assert steps[0] == 3
+    gc.collect()
+    gone = weakref.ref(model), weakref.ref(model.model), weakref.ref(model.model.layers[0])
+    del model
+    assert [reference() for reference in gone] == [None] * 3
 
 
 @torch.no_grad()
