@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ternarize import kernels
+from ternarize import decoder, kernels
 from ternarize.architecture import (
     LINEAR_TYPES,
     fuse_experts,
@@ -23,6 +23,8 @@ from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, TiedInt8He
 def run_natively(model: nn.Module, activations: str | None = None) -> None:
     """Let a model's packed modules use the native kernels where they can: on a CPU, without gradients.
 
+    A model that `decoder` knows takes a whole step in one call where it generates token by token.
+
     Args:
         model: changed in place.
         activations: "int8", "float", or None for what the environment says (see `kernels.cpu`).
@@ -35,6 +37,7 @@ def run_natively(model: nn.Module, activations: str | None = None) -> None:
     for module in model.modules():
         if isinstance(module, (TernaryLinear, Int8Head, TiedInt8Head)):
             module.activations = kind
+    decoder.attach(model)
 
 
 def replace_float_modules(model: nn.Module, layout: Layout) -> None:
@@ -82,6 +85,7 @@ def tie_int8_heads(model: nn.Module, tied: dict[str, str]) -> None:
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
     """Swap every packed module for an ordinary float one, in place: the student as stock software would hold it."""
+    decoder.detach(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, (TernaryLinear, Int8Head)):
             conv1d = getattr(module, "replaces", nn.Linear) is Conv1D

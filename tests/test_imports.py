@@ -34,6 +34,7 @@ ORDER = (
     "architecture",
     "kernels",
     "runtime",
+    "decoder",
     "swap",
     "quantizer",
     "report",

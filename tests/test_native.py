@@ -16,7 +16,7 @@ from ternarize.kernels import cpu
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "ternarize" / "kernels" / "csrc"
 FUZZ = HERE / "native" / "fuzz.c"
-COMMON = ("cpu.c", "dispatch.c", "pack.c", "threads.c", "scalar.c")
+COMMON = ("cpu.c", "decoder.c", "dispatch.c", "pack.c", "threads.c", "scalar.c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
 X86 = {"avx2.c": ("-mavx2", "-mfma", "-mf16c"), "avx512vnni.c": AVX512, "avx512vbmi.c": (*AVX512, "-mavx512vbmi")}
 NEON = {"neon.c": ("-march=armv8.2-a+dotprod",)}

@@ -1,7 +1,8 @@
 """The product of a packed weight and activations. One dispatch; every path is checked against the reference.
 
 `reference` is plain torch and runs everywhere; `cpu` is the native library, for what `usable` accepts while `native()`
-is a path; `builtin` is torch's own 4-bit product, where that library is missing.
+is a path, and `decoder` all blocks of a model in one call of it; `builtin` is torch's own 4-bit product, where that
+library is missing.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ ACTIVATIONS_VARIABLE = "TERNARIZE_ACTIVATIONS"
 ACTIVATIONS = ("int8", "float")
 REFERENCE = "torch"  # as a path's name: none, the reference computes
 LIBRARY = "libternarize.so"
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tz_abi": (_int, []),
     "tz_path_name": (ctypes.c_char_p, [_int]),
@@ -48,6 +48,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tz_pack_ternary": (None, [_pointer, _pointer, _pointer, _pointer, _pointer, _int]),
     "tz_ternary_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
     "tz_int8_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
+    "tz_make_decoder": (_pointer, [_int, _int64, _int64, _int64, _int64, _int64, _int64, _int, _int]),
+    "tz_free_decoder": (None, [_pointer]),
+    "tz_set_linear": (None, [_pointer, _int64, _int, _pointer, _pointer, _pointer]),
+    "tz_set_norm": (None, [_pointer, _int64, _int, _pointer, _float]),
+    "tz_set_attention": (None, [_pointer, _int64, _float, _int64, _int, _int, _int64]),
+    "tz_step": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int]),
 }
 
 
@@ -262,13 +268,13 @@ class PackedTernary:
     ) -> None:
         self.path, self.rows, self.group_size, self.has_shift = path, trits.shape[0], group_size, shift is not None
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self._shape = _shape(path.index, True, self.rows, in_features, group_size, self.has_shift)
-        self.packed = torch.empty(path.library.tz_packed_bytes(self._shape), dtype=torch.uint8)
+        self.shape = _shape(path.index, True, self.rows, in_features, group_size, self.has_shift)
+        self.packed = torch.empty(path.library.tz_packed_bytes(self.shape), dtype=torch.uint8)
         self._product = path.library.tz_ternary_linear
         trits, scale = trits.contiguous(), scale.contiguous()
         shift = None if shift is None else shift.contiguous()
         path.library.tz_pack_ternary(
-            self._shape,
+            self.shape,
             trits.data_ptr(),
             scale.data_ptr(),
             None if shift is None else shift.data_ptr(),
@@ -290,7 +296,7 @@ class PackedTernary:
             return _ternary_operator(
                 x, self.packed, self.bias, self.path.index, self.rows, self.group_size, self.has_shift, exact
             )
-        return _product(self._product, self._shape, self.packed, self.bias, x, self.rows, exact)
+        return _product(self._product, self.shape, self.packed, self.bias, x, self.rows, exact)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         """Copies and pickles hold None instead: it is made again from the file's tensors, for that machine's path."""

@@ -156,6 +156,107 @@ static int one_round(void) {
     return failed;
 }
 
+/* -- steps of a decoder: every path against the portable one, from the same random numbers ---------------------- */
+
+enum { BLOCKS = 2 };
+
+typedef struct {
+    int hidden, inner, heads, key_heads, size, group, shift, window, first, end, dtype, exact, threads;
+} model;
+
+typedef struct {
+    tz_shape *shape[BLOCKS][TZ_LINEARS];
+    uint8_t *packed[BLOCKS][TZ_LINEARS];
+    float *norm[BLOCKS + 1][TZ_NORMS];
+} weights;
+
+static void random_floats(float *out, int count) {
+    for (int i = 0; i < count; i++) out[i] = uniform();
+}
+
+static uint8_t *random_linear(const model *m, int path, int rows, int columns, tz_shape **shape) {
+    const int group = m->group < columns ? m->group : columns;
+    const size_t levels = (size_t)rows * (size_t)((columns + group - 1) / group);
+    const size_t bytes = (size_t)rows * (size_t)((columns + 4) / 5);
+    uint8_t *trits = malloc(bytes);
+    uint16_t *scale = malloc(levels * 2), *shift = malloc(levels * 2);
+    for (size_t i = 0; i < bytes; i++) trits[i] = (uint8_t)draw(243);
+    for (size_t i = 0; i < levels; i++) {
+        scale[i] = to_float16(0.02f + fabsf(uniform()) / 10);
+        shift[i] = to_float16(uniform() / 50);
+    }
+    *shape = tz_ternary_shape(path, rows, columns, group, m->shift);
+    uint8_t *packed = room((size_t)tz_packed_bytes(*shape));
+    tz_pack_ternary(*shape, trits, scale, m->shift ? shift : NULL, packed, 1);
+    free(trits), free(scale), free(shift);
+    return packed;
+}
+
+static void add_block(const model *m, int path, int b, tz_decoder *d, weights *w) {
+    const int queries = m->heads * m->size, keys = m->key_heads * m->size;
+    const int rows[] = {queries, keys, keys, m->hidden, m->inner, m->inner, m->hidden};
+    const int columns[] = {m->hidden, m->hidden, m->hidden, queries, m->hidden, m->hidden, m->inner};
+    for (int i = 0; i < TZ_LINEARS; i++) {
+        w->packed[b][i] = random_linear(m, path, rows[i], columns[i], &w->shape[b][i]);
+        tz_set_linear(d, b, i, w->shape[b][i], w->packed[b][i], NULL);
+    }
+    for (int i = 0; i < TZ_NORMS; i++) {
+        const int size = i == TZ_QUERY_NORM || i == TZ_KEY_NORM ? m->size : m->hidden;
+        const int must = i == TZ_ATTENTION_NORM || i == TZ_FEED_NORM;
+        if (!draw(2) && !must) continue;
+        w->norm[b][i] = malloc((size_t)size * sizeof(float));
+        random_floats(w->norm[b][i], size);
+        tz_set_norm(d, b, i, w->norm[b][i], 1e-5f);
+    }
+    tz_set_attention(d, b, 0.3f, b ? m->window : 0, b, 0, b);
+}
+
+static void step(const model *m, int path, float *y) {
+    weights w = {0};
+    tz_decoder *d = tz_make_decoder(path, BLOCKS, m->hidden, m->inner, m->heads, m->key_heads, m->size,
+                                    (int)draw(2), m->exact);
+    for (int b = 0; b < BLOCKS; b++) add_block(m, path, b, d, &w);
+    float *last = w.norm[BLOCKS][0] = malloc((size_t)m->hidden * sizeof(float));
+    float *x = malloc((size_t)m->hidden * sizeof *x), *ropes = malloc((size_t)(4 * m->size) * sizeof *ropes);
+    random_floats(last, m->hidden), random_floats(x, m->hidden), random_floats(ropes, 4 * m->size);
+    tz_set_norm(d, BLOCKS, TZ_ATTENTION_NORM, last, 1e-5f);
+    const size_t cached = (size_t)(BLOCKS * 2 * m->key_heads * (m->end + 1) * m->size);
+    void *memory = malloc(cached * (m->dtype ? 2 : 4));
+    for (size_t i = 0; i < cached; i++) stored(uniform(), m->dtype, memory, i);
+    const tz_cache cache = {memory, m->end + 1, m->first, m->end, m->dtype};
+    if (tz_step(d, x, y, ropes, &cache, m->threads)) exit(2);
+    tz_free_decoder(d);
+    for (int b = 0; b <= BLOCKS; b++)
+        for (int i = 0; i < TZ_NORMS; i++) free(w.norm[b][i]);
+    for (int b = 0; b < BLOCKS; b++)
+        for (int i = 0; i < TZ_LINEARS; i++) tz_free_shape(w.shape[b][i]), free(w.packed[b][i]);
+    free(x), free(ropes), free(memory);
+}
+
+static int compare_steps(void) {
+    model m = {.hidden = 1 + (int)draw(90), .inner = 1 + (int)draw(draw(2) ? 150 : 900)};
+    m.key_heads = 1 + (int)draw(3);                                 /* and the largest are worth several threads */
+    m.heads = m.key_heads * (1 + (int)draw(3)), m.size = 2 + 2 * (int)draw(70), m.group = 1 + (int)draw(140);
+    m.shift = (int)draw(2), m.dtype = (int)draw(3), m.exact = (int)draw(4) > 0, m.threads = 1 + (int)draw(3);
+    m.end = (int)draw(40), m.first = (int)draw((uint32_t)m.end + 1), m.window = (int)draw(20);
+    const uint64_t before = state;
+    float *want = malloc((size_t)m.hidden * sizeof *want), *got = malloc((size_t)m.hidden * sizeof *got);
+    int failed = 0;
+    for (int path = 0; tz_path_name(path); path++) {
+        if (!tz_path_supported(path)) continue;
+        state = before;
+        step(&m, path, path ? got : want);
+        for (int i = 0; path && i < m.hidden; i++) {
+            const float most = m.exact ? 1e-3f : 1e9f;             /* codes at the edge are rounded either way */
+            if (fabsf(got[i] - want[i]) <= most) continue;
+            printf("%s: step %d is %g, not %g\n", tz_path_name(path), i, (double)got[i], (double)want[i]);
+            failed = 1;
+        }
+    }
+    free(want), free(got);
+    return failed;
+}
+
 /* Products large enough for helpers, from two threads at once. */
 static void *busy(void *unused) {
     (void)unused;
@@ -173,7 +274,7 @@ int main(int count, char **arguments) {
     const int rounds = count > 1 ? atoi(arguments[1]) : 100;
     state = count > 2 ? (uint64_t)atoll(arguments[2]) : 0;
     int failed = 0;
-    for (int i = 0; i < rounds && !failed; i++) failed = one_round();
+    for (int i = 0; i < rounds && !failed; i++) failed = one_round() | compare_steps();
     pthread_t other;
     if (pthread_create(&other, NULL, busy, NULL)) return 2;
     busy(NULL);

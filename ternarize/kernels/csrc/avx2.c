@@ -27,6 +27,9 @@ static inline fvec f_mul(fvec a, fvec b) {
 static inline fvec f_fma(fvec a, fvec b, fvec c) {
     return (fvec){_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+static inline fvec f_load(const float *values) {
+    return (fvec){_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)};
+}
 static inline void f_store(float *out, fvec a) {
     _mm256_storeu_ps(out, a.low);
     _mm256_storeu_ps(out + 8, a.high);

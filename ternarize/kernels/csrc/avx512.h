@@ -20,6 +20,7 @@ static inline fvec f_set(float value) { return _mm512_set1_ps(value); }
 static inline fvec f_from(ivec a) { return _mm512_cvtepi32_ps(a); }
 static inline fvec f_mul(fvec a, fvec b) { return _mm512_mul_ps(a, b); }
 static inline fvec f_fma(fvec a, fvec b, fvec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline fvec f_load(const float *values) { return _mm512_loadu_ps(values); }
 static inline void f_store(float *out, fvec a) { _mm512_storeu_ps(out, a); }
 static inline float f_sum(fvec a) { return _mm512_reduce_add_ps(a); }
 static inline fvec f_halves(const uint8_t *halves) {

@@ -21,6 +21,8 @@ enum { PATH_COUNT = sizeof PATHS / sizeof *PATHS };
 
 int tz_abi(void) { return TZ_ABI; }
 
+const tz_kernels *tz_find_kernels(int path) { return path >= 0 && path < PATH_COUNT ? PATHS[path] : NULL; }
+
 const char *tz_path_name(int path) { return path >= 0 && path < PATH_COUNT ? PATHS[path]->name : NULL; }
 
 int tz_path_supported(int path) {
@@ -56,6 +58,7 @@ static tz_shape *make_shape(int path, int64_t rows, int64_t columns, int64_t gro
     s->path = path;
     s->rows = rows;
     s->columns = columns;
+    s->group = group;
     s->groups = groups;
     s->pieces = pieces;
     s->width = width;
@@ -128,20 +131,6 @@ static void multiply(void *context, int64_t first, int64_t last) {
     }
 }
 
-/* One piece of memory for all that `tokens` points to; NULL where there is none. */
-static void *make_room(const tz_shape *s, tz_tokens *t) {
-    const size_t pieces = (size_t)(t->count * s->pieces), all = pieces * (size_t)s->stride;
-    const size_t size = 3 * pieces * sizeof(float) + all * (t->exact ? sizeof(float) : 1);
-    char *room = malloc(size);
-    if (!room) return NULL;
-    t->sum = (float *)room;
-    t->scale = t->sum + pieces;
-    t->minus_sum = (int32_t *)(t->scale + pieces);
-    t->values = (float *)(t->minus_sum + pieces);
-    t->codes = (int8_t *)t->values;
-    return room;
-}
-
 enum { CHUNK = 256, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19 };
 
 /* A second thread costs some microseconds: below half a million products one is faster. */
@@ -154,8 +143,9 @@ static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, 
     const int64_t size = dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
     product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}};
     p.tokens.count = tokens < CHUNK ? tokens : CHUNK;
-    void *room = make_room(s, &p.tokens);
+    void *room = malloc(tz_tokens_bytes(s, &p.tokens));
     if (!room) return -1;
+    tz_place_tokens(s, &p.tokens, room);
     for (int64_t token = 0; token < tokens; token += CHUNK) {
         p.x = (const char *)x + token * s->columns * size;
         p.y = (char *)y + token * s->rows * size;

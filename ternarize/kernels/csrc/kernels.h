@@ -5,6 +5,19 @@
 #include "ternarize.h"
 
 typedef struct {
+    const float *weight;      /* NULL where there is no norm */
+    float epsilon;
+} tz_norm;
+
+/* The keys and values [positions][size] in `dtype` that one head sees. */
+typedef struct {
+    const char *keys, *values;
+    int64_t positions, size;
+    float scale;
+    int dtype;
+} tz_attention;
+
+typedef struct {
     const char *name;
     int five_a_byte;
 
@@ -19,6 +32,15 @@ typedef struct {
 
     /* y [count][16], of which `rows` count -> out [.., O] in `dtype`. */
     void (*store)(const float *y, const float *bias, int rows, int count, int64_t out_stride, void *out, int dtype);
+
+    /* What a block does between its linears (see block.h). */
+    void (*normalize)(const float *x, const tz_norm *, int64_t size, float *out);
+    void (*rotate)(float *head, const float *rope, int64_t size);
+    void (*attend)(const tz_attention *, const float *query, float *scores, float *out);
+    void (*gate)(const float *up, int activation, float *out);
 } tz_kernels;
+
+/* NULL where there is no such path. */
+const tz_kernels *tz_find_kernels(int path);
 
 extern const tz_kernels tz_scalar, tz_avx2, tz_avx512vnni, tz_avx512vbmi, tz_neon;

@@ -20,7 +20,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { ROWS = 16, QUAD = 4, PIECE = 128, INT8_PIECE = 64 };
+enum { ROWS = 16, QUAD = 4, PIECE = 128, INT8_PIECE = 64, HEAD_SIZE = 512 };
 enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32 };
 
 typedef struct {
@@ -34,7 +34,7 @@ typedef struct {
 struct tz_shape {
     int path;
     int has_shift;
-    int64_t rows, columns, groups, pieces;
+    int64_t rows, columns, group, groups, pieces;
     int64_t width;            /* columns of a vector: 16 with 2 bits, 20 with five trits a byte */
     int64_t stride;           /* activations of a piece, with its filling */
     int64_t block_bytes;      /* of a ternary weight */
@@ -64,6 +64,21 @@ static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * 
 /* Tokens in the tile that begins with token `first`. */
 static inline int tz_tile(const tz_tokens *t, int64_t first) {
     return (int)(t->count - first < TILE ? t->count - first : TILE);
+}
+
+/* Bytes for all that `t` points to, and where each begins. */
+static inline size_t tz_tokens_bytes(const tz_shape *s, const tz_tokens *t) {
+    const size_t pieces = (size_t)(t->count * s->pieces), all = pieces * (size_t)s->stride;
+    return 3 * pieces * sizeof(float) + all * (t->exact ? sizeof(float) : 1);
+}
+
+static inline void tz_place_tokens(const tz_shape *s, tz_tokens *t, void *room) {
+    const size_t pieces = (size_t)(t->count * s->pieces);
+    t->sum = (float *)room;
+    t->scale = t->sum + pieces;
+    t->minus_sum = (int32_t *)(t->scale + pieces);
+    t->values = (float *)(t->minus_sum + pieces);
+    t->codes = (int8_t *)t->values;
 }
 
 /* The place of the first of `count` tokens of a tile in a piece; the others follow. */

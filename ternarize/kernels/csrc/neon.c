@@ -39,6 +39,7 @@ static inline fvec f_fma(fvec a, fvec b, fvec c) {
     EACH c.val[i] = vfmaq_f32(c.val[i], a.val[i], b.val[i]);
     return c;
 }
+static inline fvec f_load(const float *values) { return vld1q_f32_x4(values); }
 static inline void f_store(float *out, fvec a) { EACH vst1q_f32(out + 4 * i, a.val[i]); }
 static inline float f_sum(fvec a) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(a.val[0], a.val[1]), vaddq_f32(a.val[2], a.val[3])));

@@ -47,6 +47,11 @@ static inline fvec f_fma(fvec a, fvec b, fvec c) {
     EACH_LANE c.lane[i] += a.lane[i] * b.lane[i];
     return c;
 }
+static inline fvec f_load(const float *values) {
+    fvec out;
+    memcpy(out.lane, values, sizeof out.lane);
+    return out;
+}
 static inline void f_store(float *out, fvec a) { memcpy(out, a.lane, sizeof a.lane); }
 static inline float f_sum(fvec a) {
     float sum = 0;

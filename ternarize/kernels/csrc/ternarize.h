@@ -13,7 +13,7 @@ extern "C" {
 #define TZ_API __attribute__((visibility("default")))
 
 /* Counts up whenever a signature here changes; the Python side refuses another one. */
-#define TZ_ABI 1
+#define TZ_ABI 2
 
 enum tz_dtype { TZ_FLOAT32 = 0, TZ_BFLOAT16 = 1, TZ_FLOAT16 = 2 };
 
@@ -53,6 +53,49 @@ TZ_API int tz_ternary_linear(const tz_shape *shape, const uint8_t *packed, const
 /* The same with a table of int8 records, uint8 [O, I + 2 G], as in the file: codes, then fp16 scales. */
 TZ_API int tz_int8_linear(const tz_shape *shape, const uint8_t *records, const float *bias, const void *x, void *y,
                           int64_t tokens, int dtype, int exact, int threads);
+
+/* -- all blocks of a decoder, one token ---------------------------------------------------------------------------
+ *
+ * x + attention(norm(x)), then x + down(act(gate(norm(x))) * up(norm(x))): the shape of Llama and its kin, in float32
+ * between the linears. What a model lacks (norms of queries, of a branch's end, biases) is left out. */
+
+enum tz_linear { TZ_QUERY, TZ_KEY, TZ_VALUE, TZ_OUT, TZ_GATE, TZ_UP, TZ_DOWN, TZ_LINEARS };
+enum tz_norm_place {
+    TZ_ATTENTION_NORM, TZ_QUERY_NORM, TZ_KEY_NORM, TZ_ATTENTION_END_NORM, TZ_FEED_NORM, TZ_FEED_END_NORM, TZ_NORMS
+};
+enum tz_activation { TZ_SILU = 0, TZ_GELU_TANH = 1 };
+
+typedef struct tz_decoder tz_decoder;
+
+/* Keys and values of blocks that are cached alike, in `dtype`: [block][2][key heads][capacity][head size]. Positions
+ * first .. end - 1 are there; the new token's go to `end`, which lies below the capacity. */
+typedef struct {
+    void *memory;
+    int64_t capacity, first, end;
+    int dtype;
+} tz_cache;
+
+/* NULL where there is no memory; free with tz_free_decoder. What is given to it below must outlive it. */
+TZ_API tz_decoder *tz_make_decoder(int path, int64_t blocks, int64_t hidden, int64_t inner, int64_t heads,
+                                   int64_t key_heads, int64_t head_size, int activation, int exact);
+TZ_API void tz_free_decoder(tz_decoder *decoder);
+
+/* A linear of a block, as tz_ternary_linear takes it; all seven must be given. */
+TZ_API void tz_set_linear(tz_decoder *decoder, int64_t block, int linear, const tz_shape *shape, const uint8_t *packed,
+                          const float *bias);
+
+/* A norm of a block: x / sqrt(mean(x^2) + epsilon) * weight. Behind the last block: the norm of the result. */
+TZ_API void tz_set_norm(tz_decoder *decoder, int64_t block, int place, const float *weight, float epsilon);
+
+/* How a block attends: to the last `window` positions (0: to all), turned by the rope of this number, with its keys and
+ * values at `place` of the cache of this number. */
+TZ_API void tz_set_attention(tz_decoder *decoder, int64_t block, float scale, int64_t window, int rope, int cache,
+                             int64_t place);
+
+/* One token: x float [hidden] -> y float [hidden].
+ *   ropes   float [ropes][2][head size]: cosines, then sines, of its position */
+TZ_API int tz_step(const tz_decoder *decoder, const float *x, float *y, const float *ropes, const tz_cache *caches,
+                   int threads);
 
 #if defined(__cplusplus)
 }

@@ -24,8 +24,10 @@ static struct {
     pthread_mutex_t lock;          /* of all below */
     pthread_cond_t begun, left;
     job *job;                      /* NULL while there is none */
-    int helpers, seats, inside;
-    _Atomic unsigned round;        /* counts jobs; read without the lock by helpers that are still awake */
+    int helpers, seats;
+    unsigned round;                /* counts jobs */
+    _Atomic int inside;            /* these two are read without the lock: by a caller that waits for its helpers, */
+    _Atomic unsigned called;       /* and, when the lock is open again, by helpers that are still awake */
 } pool = {
     .taken = PTHREAD_MUTEX_INITIALIZER,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -71,10 +73,14 @@ static void look_for_work(unsigned seen) {
     const int64_t until = now() + NANOSECONDS_AWAKE;
     do
         for (int i = 0; i < LOOKS; i++) {
-            if (atomic_load_explicit(&pool.round, memory_order_relaxed) != seen) return;
+            if ((int)(atomic_load_explicit(&pool.called, memory_order_relaxed) - seen) > 0) return;
             rest();
         }
     while (now() < until);
+}
+
+static void look_for_end(void) {
+    for (int i = 0; i < LOOKS && atomic_load_explicit(&pool.inside, memory_order_relaxed); i++) rest();
 }
 
 static void *help(void *unused) {
@@ -119,10 +125,12 @@ static void share(job *j, int helpers) {
     add_helpers(helpers < MOST_HELPERS ? helpers : MOST_HELPERS);
     pool.job = j;
     pool.seats = helpers;
-    atomic_fetch_add(&pool.round, 1);
+    const unsigned round = ++pool.round;
     pthread_cond_broadcast(&pool.begun);
     pthread_mutex_unlock(&pool.lock);
+    atomic_store(&pool.called, round);
     work_on(j);
+    look_for_end();
     pthread_mutex_lock(&pool.lock);
     pool.job = NULL;
     while (pool.inside > 0) pthread_cond_wait(&pool.left, &pool.lock);

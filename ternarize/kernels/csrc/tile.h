@@ -277,4 +277,6 @@ static void store(const float *y, const float *bias, int rows, int count, int64_
     }
 }
 
-#define KERNELS(path, five) {path, five, prepare, ternary, int8, store}
+#include "block.h"
+
+#define KERNELS(path, five) {path, five, prepare, ternary, int8, store, normalize, rotate, attend, gate}

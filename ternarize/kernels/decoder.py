@@ -1,0 +1,104 @@
+"""All blocks of a decoder as the native library sees them: described once, then one call a token.
+
+Shapes: L blocks, H hidden, F inner features of the feed-forward, D head size, R ropes, P positions that a cache has
+room for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternarize.kernels.cpu import DTYPES, Native, PackedTernary
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # as the library numbers them
+LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
+NORMS = ("attention", "query", "key", "attention_end", "feed", "feed_end")
+LARGEST_HEAD = 512
+
+
+class NativeCache(ctypes.Structure):
+    """`tz_cache`: float [blocks, 2, key heads, P, D] and which positions are there."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("end", ctypes.c_int64),
+        ("dtype", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(cls, memory: Tensor, first: int, end: int) -> NativeCache:
+        """Of a tensor whose last dimensions are P and D."""
+        return cls(memory.data_ptr(), memory.shape[-2], first, end, DTYPES[memory.dtype])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all blocks have in common; `activation` is one of ACTIVATIONS."""
+
+    blocks: int
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head_size: int
+    activation: str
+
+
+class NativeDecoder:
+    """A `tz_decoder`, and all that it points to.
+
+    Args:
+        path: whose kernels; the linears are laid out for it.
+        shape: of the blocks.
+        exact: float activations, else int8.
+    """
+
+    def __init__(self, path: Native, shape: Shape, exact: bool) -> None:
+        sizes = (shape.blocks, shape.hidden, shape.inner, shape.heads, shape.key_heads, shape.head_size)
+        self.path, self.shape = path, shape
+        self._library = path.library
+        self._kept: list[Any] = []
+        self._pointer = path.library.tz_make_decoder(path.index, *sizes, ACTIVATIONS.index(shape.activation), exact)
+        if self._pointer is None:
+            raise MemoryError(f"no memory to describe {shape.blocks} blocks")
+
+    def __del__(self) -> None:
+        if getattr(self, "_pointer", None) is not None:
+            self._library.tz_free_decoder(self._pointer)
+
+    def set_linear(self, block: int, name: str, packed: PackedTernary) -> None:
+        """One of LINEARS."""
+        bias = None if packed.bias is None else packed.bias.data_ptr()
+        self._library.tz_set_linear(
+            self._pointer, block, LINEARS.index(name), packed.shape, packed.packed.data_ptr(), bias
+        )
+        self._kept.append(packed)
+
+    def set_norm(self, block: int, name: str, weight: Tensor, epsilon: float) -> None:
+        """One of NORMS, with a float32 weight; "attention" behind the last block is the norm of the result."""
+        self._library.tz_set_norm(self._pointer, block, NORMS.index(name), weight.data_ptr(), epsilon)
+        self._kept.append(weight)
+
+    def set_attention(self, block: int, scale: float, window: int, rope: int, cache: int, place: int) -> None:
+        """See `csrc/ternarize.h`."""
+        self._library.tz_set_attention(self._pointer, block, scale, window, rope, cache, place)
+
+    def step(self, x: Tensor, ropes: Tensor, caches: list[NativeCache]) -> Tensor:
+        """One token: float32 x [H] and ropes [R, 2, D] -> float32 [H]; its keys and values are added to the caches.
+
+        Raises:
+            MemoryError: there is none for a token.
+        """
+        out = torch.empty_like(x)
+        array = (NativeCache * len(caches))(*caches)
+        arguments = (x.data_ptr(), out.data_ptr(), ropes.data_ptr(), array, torch.get_num_threads())
+        if self._library.tz_step(self._pointer, *arguments):
+            raise MemoryError("no memory for a token")
+        return out
