@@ -93,8 +93,7 @@ def distill(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(teacher.parameters()).device
-    apart = min(max(1, math.ceil(held_out * len(ids))), HELD_OUT_WINDOWS)
-    taught, measured = ids[:-apart].to(device), ids[-apart:].to(device)
+    taught, measured = _set_apart(ids.to(device), held_out)
     batches = len(taught) // (settings.batch * world)
     if not batches:
         raise TernarizeError(
@@ -121,11 +120,7 @@ def distill(
                 break
             first = (run.step * world + rank) * settings.batch
             numbers = order[first : first + settings.batch]
-            loss = lesson.loss(taught[numbers], numbers.tolist())
-            run.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            step_optimizer(run.optimizer, schedule(share))
-            run.step += 1
+            run.learn(lesson.loss(taught[numbers], numbers.tolist()), share)
             run.seconds = time.monotonic() - started
             bar.update(1)
             if run.step % settings.check == 0:
@@ -144,6 +139,12 @@ def distill(
     return Distilled(
         run.curve[0][1], run.best, run.step, run.step * tokens_a_step, time.monotonic() - started, run.curve
     )
+
+
+def _set_apart(ids: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The windows that are learnt from, and those that decide: the last `share`, at least one, at most 16."""
+    apart = min(max(1, math.ceil(share * len(ids))), HELD_OUT_WINDOWS)
+    return ids[:-apart], ids[-apart:]
 
 
 def _make_learner(
@@ -214,6 +215,13 @@ class _Run:
         else:
             run.check(0, None)
         return run
+
+    def learn(self, loss: Tensor, share: float) -> None:
+        """One step down a loss, `share` of the run being over."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        step_optimizer(self.optimizer, schedule(share))
+        self.step += 1
 
     def check(self, tokens_a_step: int, state: Path | None) -> None:
         """Measure on held-out text, remember the best, and make the run durable in `state`."""
