@@ -13,17 +13,17 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ternarize.architecture import UnfusedExperts
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.recipe import Calibration
 from ternarize.solver import LinearStatistics
-from ternarize.text import random_windows
+from ternarize.text import load_tokenizer, random_windows
 
 BATCH_TOKENS = 1024
 
@@ -256,8 +256,13 @@ def capture(
     return {name: replace(own, held_out=aside.get(name)) for name, own in fitted.statistics().items()}
 
 
-def mix_random(ids: Tensor, wanted: Calibration, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Windows int64 [B, T]; of those that are fitted to, a share as the recipe says is made of random tokens."""
+def mix_random(ids: Tensor, wanted: Calibration, folder: Path, vocabulary: int) -> Tensor:
+    """Windows int64 [B, T]; of those that are fitted to, a share as the recipe says is made of random tokens.
+
+    Args:
+        folder: the teacher's checkpoint, for its tokenizer.
+        vocabulary: how many tokens the teacher has an embedding for.
+    """
     parts = batches(ids)
     fitted = sum(map(len, parts[: first_held_out(len(parts), wanted.held_out)]))
     count = round(wanted.random * fitted)
@@ -265,7 +270,7 @@ def mix_random(ids: Tensor, wanted: Calibration, tokenizer: PreTrainedTokenizerB
         return ids
     mixed = ids.clone()
     places = ((torch.arange(count) + 0.5) * fitted / count).long()
-    mixed[places] = random_windows(count, ids.shape[1], tokenizer, wanted.seed)
+    mixed[places] = random_windows(count, ids.shape[1], load_tokenizer(folder), vocabulary, wanted.seed)
     return mixed
 
 

@@ -223,7 +223,8 @@ def _calibration_ids(job: _Job) -> Tensor | None:
         wanted = job.recipe.calibration
         folder = job.checkpoint.folder
         ids = calibration_windows(wanted.text, folder, wanted.samples, wanted.length, wanted.seed, job.progress)
-        write_tensors(kept, {"ids": mix_random(ids, wanted, load_tokenizer(folder))})
+        vocabulary = job.checkpoint.config.get_text_config().vocab_size
+        write_tensors(kept, {"ids": mix_random(ids, wanted, folder, vocabulary)})
     return load_file(kept)["ids"]
 
 

@@ -55,6 +55,17 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
+def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What every window begins with: the beginning-of-sequence token where the tokenizer has that habit, or nothing."""
+    return [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
+    """The tokens that a model of so many has an embedding for, without special ones; int64, ascending."""
+    known = set(tokenizer.get_vocab().values()) & set(range(vocabulary))
+    return torch.tensor(sorted(known - set(tokenizer.all_special_ids)))
+
+
 def fingerprint(ids: Tensor) -> str:
     """sha256 of token ids [B, T], shape included."""
     data = f"{list(ids.shape)}".encode() + ids.to(torch.int64).contiguous().numpy().tobytes()
@@ -113,16 +124,14 @@ def calibration_windows(
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
 
 
-def random_windows(count: int, length: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
-    """Windows of tokens drawn evenly from the vocabulary, special ones left out; int64 [count, length].
+def random_windows(count: int, length: int, tokenizer: PreTrainedTokenizerBase, vocabulary: int, seed: int) -> Tensor:
+    """Windows of tokens drawn evenly from the model's vocabulary, special ones left out; int64 [count, length].
 
     Each starts with the beginning-of-sequence token where the tokenizer has that habit.
     """
-    known = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
-    chosen = torch.randint(len(known), (count, length), generator=torch.Generator().manual_seed(seed))
-    ids = known[chosen]
-    if adds_bos(tokenizer):
-        ids[:, 0] = tokenizer.bos_token_id
+    known, start = ordinary_tokens(tokenizer, vocabulary), window_start(tokenizer)
+    ids = known[torch.randint(len(known), (count, length), generator=torch.Generator().manual_seed(seed))]
+    ids[:, : len(start)] = torch.tensor(start, dtype=torch.int64)
     return ids
 
 
@@ -155,7 +164,7 @@ def windows(
     Raises:
         TernarizeError: no window can be filled.
     """
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    start = window_start(tokenizer)
     body = length - len(start)
     stream: list[int] = []
     for item in items:
@@ -183,7 +192,7 @@ def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: in
     Raises:
         TernarizeError: the text does not fill one window.
     """
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    start = window_start(tokenizer)
     stream = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     body = length - len(start)
     count = len(stream) // body
@@ -336,10 +345,9 @@ def write_windows(
         int64 [B, T].
     """
     generator = torch.Generator().manual_seed(seed)
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    start = window_start(tokenizer)
     chat = chat_opening(tokenizer)
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(min(len(tokenizer), model.config.vocab_size)) if i not in special])
+    ordinary = ordinary_tokens(tokenizer, model.config.vocab_size)
     chatting = samples // 2 if chat and len(chat) < length // 2 else 0
     firsts = ordinary[torch.randint(len(ordinary), (samples - chatting,), generator=generator)]
     prompt = torch.tensor([[*start, int(token)] for token in firsts])

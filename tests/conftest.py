@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from ternarize import Recipe
 from ternarize.conversion import convert
+from ternarize.kernels import cpu
 from ternarize.progress import Progress
 
 
@@ -78,3 +79,14 @@ def ternary(llama: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactor
 def quiet() -> Progress:
     """Says nothing."""
     return Progress(quiet=True)
+
+
+@pytest.fixture(params=("scalar", "avx2", "avx512vnni", "avx512vbmi", "neon"))
+def path(request: pytest.FixtureRequest) -> Iterator[cpu.Native]:
+    """Each path of the native library in turn, in use."""
+    if not cpu.paths().get(request.param):
+        missing = "not on this processor" if request.param in cpu.paths() else "another build"
+        pytest.skip(f"{request.param}: {missing}")
+    with cpu.using(request.param) as native:
+        assert native is not None
+        yield native

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tokenizer
+from tiny import VOCABULARY
 
 from ternarize import Recipe, calibration
 from ternarize.calibration import batches, first_held_out, mix_random
 from ternarize.conversion import convert
 from ternarize.progress import Progress
 from ternarize.recipe import Calibration
-
-TOKENIZER = make_tokenizer()
 
 
 def test_a_walk_in_bfloat16_fits_as_well(
@@ -36,19 +34,21 @@ def test_the_last_batches_are_held_out_and_one_is_always_fitted_to(batches: int,
 
 
 @pytest.mark.parametrize(("windows", "length", "count"), [(64, 512, 14), (20, 512, 4), (33, 100, 7), (3, 600, 0)])
-def test_random_windows_are_a_share_of_those_that_are_fitted_to(windows: int, length: int, count: int) -> None:
+def test_random_windows_are_a_share_of_those_that_are_fitted_to(
+    windows: int, length: int, count: int, llama: Path
+) -> None:
     ids = torch.full((windows, length), 7)
     wanted = Calibration(random=0.25, held_out=0.125)
-    mixed = mix_random(ids, wanted, TOKENIZER)
+    mixed = mix_random(ids, wanted, llama, VOCABULARY)
     random = (mixed != ids).any(1).nonzero().flatten()
     parts = batches(ids)
     assert len(random) == count
     assert all(number < sum(map(len, parts[: first_held_out(len(parts), 0.125)])) for number in random.tolist())
     assert (ids == 7).all()
-    assert torch.equal(mixed, mix_random(ids, wanted, TOKENIZER))
-    assert not count or not torch.equal(mixed, mix_random(ids, replace(wanted, seed=1), TOKENIZER))
+    assert torch.equal(mixed, mix_random(ids, wanted, llama, VOCABULARY))
+    assert not count or not torch.equal(mixed, mix_random(ids, replace(wanted, seed=1), llama, VOCABULARY))
 
 
-def test_without_a_share_no_window_is_random() -> None:
+def test_without_a_share_no_window_is_random_and_no_tokenizer_is_read(tmp_path: Path) -> None:
     ids = torch.full((8, 16), 7)
-    assert mix_random(ids, Calibration(), TOKENIZER) is ids
+    assert mix_random(ids, Calibration(), tmp_path, VOCABULARY) is ids

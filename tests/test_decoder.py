@@ -8,15 +8,14 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, make_model
+from tiny import VOCABULARY, make_model, run_threads
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, StaticCache
 
@@ -30,7 +29,6 @@ from ternarize.tensor import expand_groups, group_count
 
 pytestmark = pytest.mark.skipif(not cpu.paths(), reason=f"no native library: {cpu.load_library()[1]}")
 
-NAMES = ("scalar", "avx2", "avx512vnni", "avx512vbmi", "neon")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # the last four with windows or norms of their own
 GROUP = 12  # leaves a short last group in every linear of the tiny models
 
@@ -67,15 +65,6 @@ def logits(model: Any, ids: Tensor, cache: Any, **arguments: Any) -> Tensor:
 
 def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5 * float(want.abs().max()))
-
-
-@pytest.fixture(params=NAMES)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each path in turn, in use."""
-    if not cpu.paths().get(request.param):
-        pytest.skip(f"{request.param}: not on this processor, or another build")
-    with cpu.using(request.param):
-        yield request.param
 
 
 @pytest.fixture
@@ -124,11 +113,13 @@ def compare(model: Any, parts: list[Any], new: Callable[[], Any], steps: list[in
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_match_the_forward(family: str, path: str, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "ROOM", 4)  # caches grow again and again
+def test_steps_match_the_forward(
+    family: str, path: cpu.Native, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder.cache, "ROOM", 4)  # caches grow again and again
     model = make_ternary(family)
     compare(model, [5, *[1] * 30], lambda: DynamicCache(config=model.config), steps, 30)
-    assert model.model.forward._plan.decoder.path.name == path
+    assert model.model.forward._plan.decoder.path == path
 
 
 @torch.no_grad()
@@ -152,7 +143,7 @@ def test_a_cache_that_keeps_all_positions_serves_windows_too(family: str, steps:
     ],
     ids=str,
 )
-def test_variants_of_llama(changes: dict[str, Any], path: str, steps: list[int]) -> None:
+def test_variants_of_llama(changes: dict[str, Any], path: cpu.Native, steps: list[int]) -> None:
     model = make_ternary(**changes)
     compare(model, [7, *[1] * 20], lambda: DynamicCache(config=model.config), steps, 20)
 
@@ -172,7 +163,7 @@ def test_greedy_generation_is_the_same(family: str, steps: list[int]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_int8_activations_are_as_far_from_exact_ones_as_ever(family: str, path: str, steps: list[int]) -> None:
+def test_int8_activations_are_as_far_from_exact_ones_as_ever(family: str, path: cpu.Native, steps: list[int]) -> None:
     """Not the same: what rounds one activation up and the next one down is the last bit of a float."""
     model, exact = make_ternary(family, "int8"), make_ternary(family)
     parts = [5, *[1] * 20]
@@ -188,7 +179,7 @@ def test_int8_activations_are_as_far_from_exact_ones_as_ever(family: str, path: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_sixteen_bit_models_are_closer_to_the_exact_result(
-    family: str, dtype: torch.dtype, path: str, steps: list[int]
+    family: str, dtype: torch.dtype, path: cpu.Native, steps: list[int]
 ) -> None:
     model = make_ternary(family)
     parts = [5, *[1] * 20]
@@ -493,12 +484,7 @@ def test_models_and_threads_do_not_disturb_each_other() -> None:
                 if not all(torch.equal(a, b) for a, b in zip(got, want[number % 2], strict=True)):
                     wrong.append(number)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert not any(worker.is_alive() for worker in workers)
+    run_threads(4, work)
     assert not wrong
 
 

@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import run_threads
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -33,7 +33,6 @@ from ternarize.tensor import expand_groups, group_count
 
 pytestmark = pytest.mark.skipif(not cpu.paths(), reason=f"no native library: {cpu.load_library()[1]}")
 
-NAMES = ("scalar", "avx2", "avx512vnni", "avx512vbmi", "neon")
 # rows, columns, group size: whole vectors, tails, short last groups, groups of several pieces, odd everything
 SHAPES = (
     (64, 256, 64),
@@ -49,18 +48,6 @@ SHAPES = (
     (3, 5, 4),
 )
 BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17)
-
-
-@pytest.fixture(params=NAMES)
-def path(request: pytest.FixtureRequest) -> Iterator[cpu.Native]:
-    """Each path in turn, in use."""
-    if not cpu.paths().get(request.param):
-        pytest.skip(
-            f"{request.param}: " + ("not on this processor" if request.param in cpu.paths() else "another build")
-        )
-    with cpu.using(request.param) as native:
-        assert native is not None
-        yield native
 
 
 def random_weight(rows: int, columns: int, group_size: int, shift: bool, seed: int = 0) -> TernaryTensor:
@@ -303,12 +290,7 @@ def test_several_python_threads_at_once(large: tuple[cpu.PackedTernary, Tensor, 
         if not all(torch.equal(packed.linear(x, exact=False), want) for _ in range(40)):
             wrong.append(number)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert not any(worker.is_alive() for worker in workers)
+    run_threads(4, work)
     assert not wrong
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,16 @@ def logits(model: Any, seed: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (1, 40), generator=generator)
     return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def run_threads(count: int, work: Callable[[int], object]) -> None:
+    """`work(number)` in so many threads at once; none of them may take a minute."""
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def copy_folder(source: Path, target: Path) -> Path:

@@ -154,12 +154,13 @@ static void multiply_gated(void *context, int64_t first, int64_t last) {
 /* Below some work, waking another thread costs more than it saves. */
 static int useful_threads(const step *s, double products) { return products < LEAST_WORK ? 1 : s->threads; }
 
-static void run_product(product *p, const float *x, tz_work work) {
+/* `work` takes `at_once` blocks of rows in one part. */
+static void run_product(product *p, const float *x, tz_work work, int at_once) {
     int64_t blocks = 0;
     for (int i = 0; i < p->count; i++) blocks += row_blocks(&p->linear[i]);
     const int threads = useful_threads(p->s, (double)blocks * ROWS * (double)p->linear->shape->columns);
     prepare_input(p, x);
-    tz_run(work, p, work == multiply_gated ? blocks / 2 : blocks, 1, threads);
+    tz_run(work, p, blocks / at_once, 1, threads);
 }
 
 static void normalize(const step *s, int place, const float *x, int64_t size, float *out) {
@@ -177,7 +178,7 @@ static void write_half(const float *x, int64_t size, int dtype, uint16_t *out) {
 /* Keys (0) or values (1) of a head, from a position on. */
 static char *cached(const step *s, int values, int64_t head, int64_t position) {
     const tz_cache *c = s->cache;
-    const int64_t size = c->dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    const int64_t size = tz_element(c->dtype);
     const int64_t heads = (2 * s->block->place + values) * s->d->key_heads + head;
     return (char *)c->memory + (heads * c->capacity + position) * s->d->head_size * size;
 }
@@ -224,13 +225,13 @@ static void run_attention(step *s, const float *ropes) {
     product in = {s, l + TZ_QUERY, 3, {s->query, s->key, s->value}, {{0}}};
     product out = {s, l + TZ_OUT, 1, {s->branch}, {{0}}};
     normalize(s, TZ_ATTENTION_NORM, s->x, d->hidden, s->normal);
-    run_product(&in, s->normal, multiply);
+    run_product(&in, s->normal, multiply, 1);
     turn_heads(s, TZ_QUERY_NORM, ropes, d->heads, s->query);
     turn_heads(s, TZ_KEY_NORM, ropes, d->key_heads, s->key);
     write_cache(s, 0, s->key);
     write_cache(s, 1, s->value);
     tz_run(attend, s, d->heads, 1, useful_threads(s, 2.0 * (double)(d->heads * d->head_size * s->positions)));
-    run_product(&out, s->mixed, multiply);
+    run_product(&out, s->mixed, multiply, 1);
     add_branch(s, TZ_ATTENTION_END_NORM);
 }
 
@@ -239,8 +240,8 @@ static void run_feed_forward(step *s) {
     product up = {s, l + TZ_GATE, 2, {NULL}, {{0}}};
     product down = {s, l + TZ_DOWN, 1, {s->branch}, {{0}}};
     normalize(s, TZ_FEED_NORM, s->x, s->d->hidden, s->normal);
-    run_product(&up, s->normal, multiply_gated);
-    run_product(&down, s->inner, multiply);
+    run_product(&up, s->normal, multiply_gated, 2);
+    run_product(&down, s->inner, multiply, 1);
     add_branch(s, TZ_FEED_END_NORM);
 }
 

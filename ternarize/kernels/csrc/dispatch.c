@@ -114,7 +114,7 @@ static void prepare_tokens(void *context, int64_t first, int64_t last) {
 static void multiply(void *context, int64_t first, int64_t last) {
     product *p = context;
     const tz_shape *s = p->shape;
-    const int64_t size = p->dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    const int64_t size = tz_element(p->dtype);
     for (int64_t block = first; block < last; block++) {
         const int64_t row = block * ROWS;
         const int rows = (int)(s->rows - row < ROWS ? s->rows - row : ROWS);
@@ -140,7 +140,7 @@ static int useful_threads(const tz_shape *s, int64_t tokens, int threads) {
 
 static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, const void *x, void *y, int64_t tokens,
                   int dtype, int exact, int threads) {
-    const int64_t size = dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    const int64_t size = tz_element(dtype);
     product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}};
     p.tokens.count = tokens < CHUNK ? tokens : CHUNK;
     void *room = malloc(tz_tokens_bytes(s, &p.tokens));

@@ -20,6 +20,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ternarize.h"
+
 enum { ROWS = 16, QUAD = 4, PIECE = 128, INT8_PIECE = 64, HEAD_SIZE = 512 };
 enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32 };
 
@@ -56,7 +58,8 @@ typedef struct {
     float *sum;               /* [places], of the activations themselves */
 } tz_tokens;
 
-typedef struct tz_shape tz_shape;
+/* Bytes of an element of `dtype` (enum tz_dtype). */
+static inline int64_t tz_element(int dtype) { return dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t); }
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }

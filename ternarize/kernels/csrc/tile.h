@@ -82,7 +82,7 @@ static ALWAYS_INLINE float round_codes(const float *restrict values, int8_t *res
 }
 
 static void prepare(const tz_shape *s, const void *x, int dtype, tz_tokens *t, int64_t first, int64_t last) {
-    const int64_t size = dtype == TZ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    const int64_t size = tz_element(dtype);
     for (int64_t token = first; token < last; token++) {
         const void *row = (const char *)x + token * s->columns * size;
         const int64_t begin = token / TILE * TILE;

@@ -1,0 +1,203 @@
+"""One native call for all blocks of a model, where it generates a token at a time.
+
+`attach` puts a `NativeForward` before the forward of the base models that it knows (Llama, Mistral, Qwen2, Qwen3,
+Gemma 3). It takes over where a step is what the library computes: one token behind a dynamic cache, on a CPU, without
+gradients, padding or hooks, every linear of every block ternary. Anything else runs as if it were not there. Both ways
+can follow each other on one cache: its layers hold the same tensors, only with room behind them.
+
+Between the linears a step computes in float32, whatever the model's dtype; keys and values are rounded to the cache's.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ternarize import kernels
+from ternarize.decoder.cache import Sequence, start_sequence
+from ternarize.decoder.plan import Facts, Plan, family_of, make_plan
+
+
+def attach(model: nn.Module) -> None:
+    """Let the base models inside that are known take native steps; again after a change that `Facts` cannot see."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if family_of(module) is not None and (forward is None or isinstance(forward, NativeForward)):
+            module.forward = NativeForward(module)  # type: ignore[method-assign, assignment]
+        if hasattr(type(module), "generate") and any(family_of(child) is not None for child in module.children()):
+            _calm(type(module))
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), NativeForward):
+            del module.forward
+
+
+_off: list[bool] = [False]
+
+
+@contextmanager
+def linear_by_linear() -> Iterator[None]:
+    """No native steps for the time being, in this process."""
+    before = _off[0]
+    _off[0] = True
+    try:
+        yield
+    finally:
+        _off[0] = before
+
+
+def _calm(kind: Any) -> None:
+    """Let models of a class choose the next token of one text in one thread, if they take native steps.
+
+    Choosing takes a few operations on one number for each word. Shared among torch's threads they gain microseconds on
+    an idle machine, and lose milliseconds each on one where a thread has to wait for its turn. On the class, because a
+    function on the model would keep the model alive.
+    """
+    original = kind.generate
+    if getattr(original, "calm", False):
+        return
+
+    def choose(_: nn.Module, __: Any, out: Any) -> None:
+        logits = getattr(out, "logits", None)
+        if isinstance(logits, Tensor) and logits.shape[0] == 1:
+            torch.set_num_threads(1)
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        attached = any(isinstance(child.__dict__.get("forward"), NativeForward) for child in self.children())
+        if threads == 1 or _off[0] or not attached:
+            return original(self, *args, **kwargs)
+        begin = self.register_forward_pre_hook(lambda *_: torch.set_num_threads(threads))
+        end = self.register_forward_hook(choose)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            begin.remove()
+            end.remove()
+            torch.set_num_threads(threads)
+
+    generate.calm = True  # type: ignore[attr-defined]
+    kind.generate = generate
+
+
+class NativeForward:
+    """The forward of a base model, with native steps where they serve.
+
+    Args:
+        model: the base model, which owns this and is not kept alive by it; copies and pickles have their own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._facts: Facts | None = None
+        self._plan: Plan | None = None
+        self._sequences: weakref.WeakKeyDictionary[DynamicCache, Sequence] = weakref.WeakKeyDictionary()
+
+    @property
+    def model(self) -> Any:
+        """The base model."""
+        return self._model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not traced and not args and asks_for_a_step(**kwargs):
+            out = self.step(**kwargs)
+            if out is not None:
+                return out
+        model = self.model
+        return type(model).forward(model, *args, **kwargs)
+
+    def step(
+        self,
+        past_key_values: DynamicCache,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast | None:
+        """The model's output for one token; None where it has to be computed otherwise."""
+        model = self.model
+        config = model.config
+        if model.training or _off[0] or not (config.use_cache if use_cache is None else use_cache):
+            return None
+        if config.output_attentions or config.output_hidden_states or not config.return_dict:
+            return None
+        past = past_key_values.get_seq_length()
+        if attention_mask is not None and (attention_mask.shape != (1, past + 1) or not bool(attention_mask.all())):
+            return None
+        sequence = self.sequence(past_key_values, past)
+        if sequence is None or not sequence.plan.without_gradients():
+            return None
+        hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        position = torch.tensor([[past]], device="cpu") if position_ids is None else position_ids
+        ropes = sequence.plan.ropes(model.rotary_emb, position)
+        if ropes is None or not kernels.usable(hidden) or hidden.dtype != sequence.dtype:
+            return None
+        out = sequence.step(hidden.float().flatten(), ropes)
+        return BaseModelOutputWithPast(out.to(hidden.dtype).view(1, 1, -1), past_key_values)
+
+    def sequence(self, cache: DynamicCache, past: int) -> Sequence | None:
+        """What goes on in a cache with `past` tokens; None where the library cannot serve the model or the cache.
+
+        Whether the model is what it was is looked at where a sequence begins; in its midst only hooks are.
+        """
+        path = kernels.native()
+        if path is None or _has_any_global_hook() or cache.offloading:
+            return None
+        sequence = self._sequences.get(cache)
+        current = self._plan is not None and self._plan.decoder.path == path
+        if current and sequence is not None and sequence.plan is self._plan and sequence.goes_on(cache, past):
+            return sequence
+        if self._facts is None or not self._facts.hold(path):
+            self._facts = Facts(self.model, path)
+            self._plan = make_plan(self.model, path, self._facts)
+        if self._plan is None or not self._facts.undisturbed():
+            return None
+        sequence = start_sequence(self._plan, cache, past)
+        if sequence is not None:
+            self._sequences[cache] = sequence
+        return sequence
+
+
+def asks_for_a_step(
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: Any = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    use_cache: bool | None = None,
+    **others: Any,
+) -> bool:
+    """Whether the arguments of a forward are of the kind that a step serves: one token, and a dynamic cache."""
+    token = input_ids if inputs_embeds is None else inputs_embeds
+    return (
+        type(past_key_values) is DynamicCache
+        and (input_ids is None) != (inputs_embeds is None)
+        and token is not None
+        and tuple(token.shape[:2]) == (1, 1)
+        and token.device.type == "cpu"
+        and (position_ids is None or position_ids.shape == (1, 1))
+        and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2))
+        and all(value is None or value is False for value in others.values())
+    )
