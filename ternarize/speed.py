@@ -73,7 +73,7 @@ def measure(
     model: Any = load_any(folder, device, dtype, activations)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
-    _generate(model, ids[:, :1], 1)
+    timed_generate(model, ids[:, :1], 1)
     ready = time.perf_counter() - started
     counts = threads or [torch.get_num_threads()]
     prefill: dict[int, list[float]] = {count: [] for count in counts}
@@ -81,8 +81,8 @@ def measure(
     with progress.bar("measuring", total=rounds * len(counts), unit="run") as bar:
         for _ in range(rounds):
             for count in counts:
-                with _threads(count):
-                    begun, first, *_, last = _generate(model, ids, 1 + tokens)
+                with torch_threads(count):
+                    begun, first, *_, last = timed_generate(model, ids, 1 + tokens)
                 prefill[count].append(prompt / (first - begun))
                 decode[count].append(tokens / (last - first))
                 bar.update(1)
@@ -107,7 +107,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         pass
 
 
-def _generate(model: Any, ids: Tensor, tokens: int) -> list[float]:
+def timed_generate(model: Any, ids: Tensor, tokens: int) -> list[float]:
     """Greedily, and exactly so many tokens; when it began, and when each of them was there, in seconds."""
     clock = _Clock()
     try:
@@ -129,7 +129,8 @@ def _generate(model: Any, ids: Tensor, tokens: int) -> list[float]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute in so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

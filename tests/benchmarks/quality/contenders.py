@@ -131,7 +131,7 @@ def produce(contender: Contender, inputs: Inputs, out: Path, log: Path) -> tuple
         TernarizeError: it failed; the message ends with the last line that it wrote.
     """
     if contender.tool == "ternarize":
-        _run(ternarize_command(contender, inputs, out), log)
+        run_logged(ternarize_command(contender, inputs, out), log)
         return out, ternarize_result(out, inputs.ids)
     script = PEERS / f"{contender.tool}.py"
     if not script.is_file():
@@ -139,7 +139,7 @@ def produce(contender: Contender, inputs: Inputs, out: Path, log: Path) -> tuple
     python = environment(contender.tool, inputs.environments, log)
     settings = [f"--set={key}={value}" for key, value in contender.settings.items()]
     paths = [str(path.absolute()) for path in (python, script, inputs.folder, inputs.calibration, out)]
-    _run([*paths, *settings], log, folder=out.parent)  # some write logs where they are started
+    run_logged([*paths, *settings], log, folder=out.parent)  # some write logs where they are started
     result = json.loads((out / "result.json").read_text())
     if missing := [key for key in RESULT if key not in result]:
         raise TernarizeError(f"peers/{script.name} wrote a result.json without {', '.join(missing)}. Add them there.")
@@ -213,18 +213,27 @@ def environment(peer: str, folder: Path, log: Path) -> Path:
         for file in required:
             alone = ["--no-deps", "--no-build-isolation"] if file.stem.endswith("-no-deps") else []
             command = [str(python), "-m", "pip", "install", *alone, "--requirement", str(file)]
-            _run(command, log, offline=False)
+            run_logged(command, log, offline=False)
         ready.touch()
     return python
 
 
-def _run(command: list[str], log: Path, offline: bool = True, folder: Path | None = None) -> None:
-    """Run to the end, in `folder` where one is given, all output into `log`."""
+def run_logged(command: list[str], log: Path, offline: bool = True, folder: Path | None = None) -> None:
+    """Run to the end, in `folder` where one is given, all output into `log`.
+
+    Raises:
+        TernarizeError: the exit code is not 0.
+    """
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} if offline else {}
     with log.open("a", encoding="utf-8") as file:
         print("$", " ".join(command), file=file, flush=True)
         done = subprocess.run(command, stdout=file, stderr=file, env=os.environ | quiet, cwd=folder, check=False)
     if done.returncode:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        errors = re.findall(r"^(?:error: |[\w.]*(?:Error|Exception)\b).*", text, re.MULTILINE)
-        raise TernarizeError(f"exit code {done.returncode}: {(errors or text.strip().splitlines())[-1].strip()}")
+        raise TernarizeError(f"exit code {done.returncode}: {failure(log)}")
+
+
+def failure(log: Path) -> str:
+    """What a process that failed said: the last error of its log, or the last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    errors = re.findall(r"^(?:error: |[\w.]*(?:Error|Exception)\b).*", text, re.MULTILINE)
+    return str((errors or text.strip().splitlines() or ["it said nothing"])[-1].strip())

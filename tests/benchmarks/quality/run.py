@@ -206,20 +206,20 @@ def prepare(arguments: argparse.Namespace, work: Path, progress: Progress) -> tu
     return Inputs(arguments.source, folder, calibration, ids, (wiki, train), seed, arguments.environments), held_out
 
 
-def rows_of(path: Path, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of a results file by contender, if they were measured as `results` says; none where there is no file.
+def rows_of(path: Path, results: dict[str, Any], key: str = "contender") -> dict[str, dict[str, Any]]:
+    """The rows of a results file by `key`, if they were measured as `results` says; none where there is no file.
 
     Raises:
         TernarizeError: they were measured otherwise.
     """
     before = read(path) if path.exists() else results | {"rows": []}
-    for key, value in results.items():
-        if before.get(key) != value:
+    for name, value in results.items():
+        if before.get(name) != value:
             raise TernarizeError(
-                f"{path} was measured with {key} {before.get(key)!r}, this run has {value!r}. The rows of one file are "
-                "comparable: choose another --out, or the same settings."
+                f"{path} was measured with {name} {before.get(name)!r}, this run has {value!r}. The rows of one file "
+                "are comparable: choose another --out, or the same settings."
             )
-    return {row["contender"]: row for row in before["rows"]}
+    return {row[key]: row for row in before["rows"]}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -19,55 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _as_gguf import gguf_names, heads_of, quantize, reorder, write_float
 from _common import Job, block_linears, read_checkpoint, start
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-
-ROTARY = (".self_attn.q_proj.", ".self_attn.k_proj.")
-
-
-def reorder(weight: Tensor, heads: int, back: bool = False) -> Tensor:
-    """Rows of q and k between the two halves of Hugging Face and the pairs of llama.cpp's `llama` (norm rotary)."""
-    split = (heads, -1, 2) if back else (heads, 2, weight.shape[0] // heads // 2)
-    return weight.unflatten(0, split).transpose(1, 2).reshape(weight.shape)
-
-
-def heads_of(config: dict, name: str) -> int | None:
-    """The number of heads whose rows llama.cpp wants in another order, if any."""
-    if config["model_type"] != "llama" or not any(part in name for part in ROTARY):
-        return None
-    return config["num_attention_heads"] if ".q_proj." in name else config["num_key_value_heads"]
-
-
-def write_float(source: Path, config: dict, names: dict[str, str], file: Path) -> None:
-    import gguf
-
-    rope = config.get("rope_parameters") or config
-    writer = gguf.GGUFWriter(file, config["model_type"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(rope["rope_theta"])
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    for name, value in read_checkpoint(source):
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            continue
-        heads = heads_of(config, name)
-        value = value.float()
-        writer.add_tensor(names[name], (reorder(value, heads) if heads else value).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def importance(job: Job) -> dict[str, Tensor]:
@@ -86,7 +41,7 @@ def importance(job: Job) -> dict[str, Tensor]:
     return {name: value / job.ids.numel() for name, value in sums.items()}
 
 
-def quantize(job: Job, matrix: dict[str, Tensor], before: Path, after: Path) -> None:
+def quantize_with(matrix: dict[str, Tensor], job: Job, before: Path, after: Path) -> None:
     from llama_cpp import llama_cpp as native
 
     arrays = {name: np.ascontiguousarray(value.numpy(), dtype=np.float32) for name, value in matrix.items()}
@@ -94,14 +49,16 @@ def quantize(job: Job, matrix: dict[str, Tensor], before: Path, after: Path) -> 
     for entry, (name, array) in zip(entries, arrays.items(), strict=False):
         entry.name, entry.size = name.encode(), array.size
         entry.data = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    params = native.llama_model_quantize_default_params()
-    params.nthread = torch.get_num_threads()
-    params.ftype = getattr(native, f"LLAMA_FTYPE_MOSTLY_{job.settings['type']}")
-    params.token_embedding_type = params.output_tensor_type = native.GGML_TYPE_F32
-    params.pure = job.settings["pure"]
-    params.imatrix = ctypes.cast(entries, ctypes.POINTER(native.llama_model_imatrix_data))
-    if native.llama_model_quantize(str(before).encode(), str(after).encode(), ctypes.byref(params)):
-        raise RuntimeError(f"llama_model_quantize failed for {job.settings['type']}")
+    quantize(
+        before,
+        after,
+        job.settings["type"],
+        torch.get_num_threads(),
+        token_embedding_type=native.GGML_TYPE_F32,
+        output_tensor_type=native.GGML_TYPE_F32,
+        pure=job.settings["pure"],
+        imatrix=ctypes.cast(entries, ctypes.POINTER(native.llama_model_imatrix_data)),
+    )
 
 
 def main() -> None:
@@ -118,15 +75,13 @@ def main() -> None:
             )
     import gguf
 
-    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == config["model_type"])
-    mapping = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    names = {name: mapping.get_name(name, (".weight", ".bias")) for name, _ in read_checkpoint(job.source)}
+    names = gguf_names(config, [name for name, _ in read_checkpoint(job.source)])
 
     before, after = job.out / "float.gguf", job.stored / "model.gguf"
     with job.clock():
-        write_float(job.source, config, names, before)
+        write_float(read_checkpoint(job.source), names, config, before, np.float32)
         matrix = {names[f"{name}.weight"]: value for name, value in importance(job).items()}
-        quantize(job, matrix, before, after)
+        quantize_with(matrix, job, before, after)
     before.unlink()
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(after).tensors}
