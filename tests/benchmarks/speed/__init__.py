@@ -1,0 +1,1 @@
+"""The speed benchmark: whole models by `python -m tests.benchmarks.speed`, the kernels alone by `kernels.py`."""

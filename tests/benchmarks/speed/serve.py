@@ -1,0 +1,66 @@
+"""How a worker answers: lines of JSON over its standard input and output.
+
+    worker   {"load": 1.9, "types": {...}, ...}                    once, when its first token is out
+    driver   {"threads": 1, "prompt": 128, "tokens": 64}
+    worker   {"prefill": 870.1, "decode": 116.4, "peak_memory": 512000000}
+
+Between two lines a worker waits for the next and computes nothing; when its input ends, it does. An error ends it too,
+and what it said last on standard error is why. Nothing but the standard library: peers' environments lack the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+Times = Callable[[int, int, int], list[float]]  # threads, prompt, tokens -> when it began, and when each token was out
+
+
+def serve(load: Callable[[], tuple[Facts, Times]]) -> None:
+    """Load a model, and time it as often as the driver asks.
+
+    Args:
+        load: from the model's open to its first token; gives what the driver should know of it, and how to time it:
+            seconds at which a prompt goes in and each of 1 + tokens tokens comes out.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def say(values: Facts) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    started = time.perf_counter()
+    facts, times = load()
+    say({"load": time.perf_counter() - started} | facts)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        begun, first, *_, last = times(asked["threads"], asked["prompt"], asked["tokens"])
+        speed = {"prefill": asked["prompt"] / (first - begun), "decode": asked["tokens"] / (last - first)}
+        say(speed | {"peak_memory": peak_memory()})
+
+
+def prompt_ids(vocabulary: int, count: int) -> list[int]:
+    """The same random tokens for everybody."""
+    generator = random.Random(0)
+    return [generator.randrange(vocabulary) for _ in range(count)]
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process, bytes.
+
+    Linux's ru_maxrss is at least what the process that started this one had at that moment, so it is not asked there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
