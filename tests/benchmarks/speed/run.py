@@ -13,7 +13,7 @@ Everyone has a process of its own, which waits while others compute. In a round 
 each time, so that other work on the machine falls on all alike: the same random tokens go in, and so many come out, the
 likeliest each time. A first prompt, with each number of threads, is not timed.
 
-    load         seconds from the opening of the model, whose files were written or read before, to its first token
+    load         seconds from the opening of the model, whose files were read just before, to its first token
     prefill      tokens of the prompt a second, up to the first token behind it
     decode       tokens a second, one at a time, behind that prompt
     peak memory  of the process, to its end, file pages in memory included; Python and torch are part of it

@@ -8,47 +8,36 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
+from transformers import AutoModelForCausalLM
 
-import ternarize
-from ternarize.evaluate import load_any
 from ternarize.runtime import Int8Head, TernaryLinear, TiedInt8Head
 from ternarize.speed import timed_generate, torch_threads
 
 from .serve import Facts, Times, prompt_ids, serve
 
-
-def load_ternary(folder: Path) -> Any:
-    """As a user loads it."""
-    return ternarize.load(folder)[0].eval()
+DTYPES = {"ternarize": "auto", "bfloat16": torch.bfloat16, "int8": torch.float32}
 
 
-def load_bfloat16(folder: Path) -> Any:
-    """The source, in bfloat16."""
-    return load_any(folder, "cpu", torch.bfloat16)
-
-
-def load_int8(folder: Path) -> Any:
-    """The source in float32, its linears in int8 with activations rounded as they come."""
+def read(kind: str, folder: Path) -> Any:
+    """A folder as transformers loads it for anybody; int8 is its linears, with activations rounded as they come."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[kind]).eval()
+    if kind != "int8":
+        return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is deprecated
-        model = load_any(folder, "cpu", torch.float32)
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)  # no second copy
-
-
-LOADERS: dict[str, Callable[[Path], Any]] = {"ternarize": load_ternary, "bfloat16": load_bfloat16, "int8": load_int8}
 
 
 def load(kind: str, folder: Path, threads: int) -> tuple[Facts, Times]:
     """What `serve` wants."""
     torch.set_num_threads(threads)
-    model = LOADERS[kind](folder)
+    model = read(kind, folder)
     vocabulary = model.get_input_embeddings().num_embeddings
 
     def times(threads: int, prompt: int, tokens: int) -> list[float]:
