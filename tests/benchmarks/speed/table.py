@@ -193,4 +193,4 @@ def _lines(axes: Any, model: Row, settings: Row) -> None:
     axes.set_xlabel("tokens before")
     axes.set_ylabel(f"decode, tokens/s, {threads} thread{'s' if threads > 1 else ''}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
