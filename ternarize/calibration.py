@@ -65,6 +65,12 @@ class Walk:
         for batch, hidden in enumerate(self.hidden):
             self.hidden[batch] = self.calls[batch][index].run(block, hidden)
 
+    def through(self, window: list[nn.Module], first: int, batch: int, hidden: Tensor) -> Tensor:
+        """What the blocks of a window, number `first` and on, make of a batch's hidden states [B, T, H]."""
+        for offset, block in enumerate(window):
+            hidden = self.calls[batch][first + offset].run(block, hidden)
+        return hidden
+
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether products in bfloat16 are fast there: on accelerators, and on processors with instructions for it.
@@ -177,7 +183,6 @@ def _record(
     return entrance
 
 
-@torch.no_grad()
 def finish_walk(model: nn.Module, blocks: nn.ModuleList, hidden: Tensor, ids: Tensor, tuple_output: bool) -> Tensor:
     """Logits [B, T, V] that the model makes of the hidden states behind its last block.
 

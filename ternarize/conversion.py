@@ -7,6 +7,7 @@
         tune      codes, scales and shifts against the teacher's output, where the recipe says so
         advance   the student's hidden states through the ternary block
         write     the block's tensors, durably
+    ending        the last blocks once more, together, against the teacher's predictions, where the recipe says so
     distill       the whole student against the whole teacher, where the recipe says so
 
 Work goes to OUT.partial beside OUT; it is renamed at the end, so OUT is never half written. A run that was stopped goes
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from transformers import PreTrainedModel
 
 from ternarize import hub
 from ternarize.architecture import find_blocks, unfuse_experts
-from ternarize.block import convert_window, pack_embeddings, replay_block
+from ternarize.block import advance, convert_window, pack_embeddings, replay_block
 from ternarize.budget import spend
-from ternarize.calibration import batches, mix_random, start_walk
+from ternarize.calibration import Walk, batches, mix_random, start_walk
 from ternarize.checkpoint import (
     Checkpoint,
     copy_file,
@@ -41,6 +42,7 @@ from ternarize.checkpoint import (
     write_tensors,
     write_text,
 )
+from ternarize.ending import first_of_ending, tune_ending
 from ternarize.evaluate import Evaluation, load_any
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
@@ -52,7 +54,7 @@ from ternarize.report import RECIPE_FILE, LinearReport, Report, peak_memory, ver
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import resolve
 from ternarize.text import calibration_windows, fingerprint, load_tokenizer
-from ternarize.workspace import OUTSIDE, Workspace, arguments
+from ternarize.workspace import ENDING, OUTSIDE, Workspace, arguments
 
 LEAST_TIME = 60.0  # seconds, below which a distillation is not begun
 COPIED = (
@@ -163,39 +165,108 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
         work.write(OUTSIDE, _outside_tensors(model, path, checkpoint), [])
     release(model)  # what is outside the blocks has been written and used; blocks are read one by one
 
-    entries: list[LinearReport] = []
+    entries: list[list[LinearReport]] = []  # of each block
     tunings: list[dict[str, Any]] = []
+    parts = [OUTSIDE, *map(work.block, range(len(blocks)))]
+    end = first_of_ending(recipe, len(blocks))
     width = recipe.tune.window if recipe.tune.epochs else 1
     with job.progress.bar("converting", total=len(blocks), unit="block") as bar:
         for first in range(0, len(blocks), width):
+            if first == end:
+                entrance = list(student.hidden)
             window = {f"{path}.{index}": blocks[index] for index in range(len(blocks))[first : first + width]}
-            parts = [work.block(first + offset) for offset in range(len(window))]
-            for name, block in window.items():
-                checkpoint.load(model, f"{name}.")
-                place(block, job.device)
-                unfuse_experts(block, name, recipe.skip)
-            if all(map(work.has, parts)):
-                for offset, ((name, block), part) in enumerate(zip(window.items(), parts, strict=True)):
-                    tensors, done, tuned = work.read(part)
-                    replay_block(block, name, first + offset, recipe, teacher, student, tensors, group_sizes)
-                    entries += done
-                    tunings += [tuned] if tuned else []
-            else:
-                made, outcome = convert_window(window, first, recipe, teacher, student, group_sizes)
-                tuned = asdict(outcome) | {"blocks": list(window)} if outcome else None
-                tunings += [tuned] if tuned else []
-                for offset, ((name, block), part) in enumerate(zip(window.items(), parts, strict=True)):
-                    work.write(part, _block_tensors(block, name, checkpoint), made[offset], None if offset else tuned)
-                    entries += made[offset]
-            for offset in range(len(window)):
-                blocks[first + offset] = nn.Identity()
+            made, tuned = _convert_window(job, model, window, first, teacher, student, group_sizes)
+            entries += made
+            tunings += [tuned] if tuned else []
+            for index in range(first, min(first + len(window), end)):
+                blocks[index] = nn.Identity()
             bar.update(len(window))
-    report = _assemble(job, _layout(job, int8, group_sizes), entries, ids)
+    if end < len(blocks):
+        student.hidden = entrance
+        window = {f"{path}.{index}": blocks[index] for index in range(end, len(blocks))}
+        known = [entry for block in entries[end:] for entry in block]
+        known, ended = _convert_ending(job, window, end, known, teacher, student, batched)
+        entries[end:] = [known]
+        tunings.append(ended)
+        parts[1 + end :] = [ENDING]
+    flat = [entry for block in entries for entry in block]
+    report = _assemble(job, parts, _layout(job, int8, group_sizes), flat, ids)
     if tunings:
         report.run["tune"] = tunings
     if ids is None:
         return report, None, None
     return report, compare_walks(checkpoint, job.plan, recipe, teacher, student, batched), ids[-1]
+
+
+def _convert_window(
+    job: _Job,
+    model: PreTrainedModel,
+    window: dict[str, nn.Module],
+    first: int,
+    teacher: Walk,
+    student: Walk,
+    group_sizes: dict[str, int],
+) -> tuple[list[list[LinearReport]], dict[str, Any] | None]:
+    """Convert a window of blocks and make it durable, or walk through what an earlier run made of it.
+
+    Args:
+        window: blocks of `model` by full name; they are read from the checkpoint here, and ternary afterwards.
+
+    Returns:
+        One entry per linear, block by block; and how the tuning ended, if there was one.
+    """
+    work, recipe = job.work, job.recipe
+    for name, block in window.items():
+        job.checkpoint.load(model, f"{name}.")
+        place(block, job.device)
+        unfuse_experts(block, name, recipe.skip)
+    parts = [work.block(first + offset) for offset in range(len(window))]
+    if all(map(work.has, parts)):
+        found = [work.read(part) for part in parts]
+        for offset, ((name, block), (tensors, _, _)) in enumerate(zip(window.items(), found, strict=True)):
+            replay_block(block, name, first + offset, recipe, teacher, student, tensors, group_sizes)
+        return [entries for _, entries, _ in found], found[0][2]
+    made, outcome = convert_window(window, first, recipe, teacher, student, group_sizes)
+    tuned = asdict(outcome) | {"blocks": list(window)} if outcome else None
+    for offset, ((name, block), part) in enumerate(zip(window.items(), parts, strict=True)):
+        work.write(part, _block_tensors(block, name, job.checkpoint), made[offset], None if offset else tuned)
+    return made, tuned
+
+
+def _convert_ending(
+    job: _Job,
+    window: dict[str, nn.Module],
+    first: int,
+    entries: list[LinearReport],
+    teacher: Walk,
+    student: Walk,
+    ids: list[Tensor],
+) -> tuple[list[LinearReport], dict[str, Any]]:
+    """Let the last blocks learn once more and make them durable, or walk through what an earlier run made of them.
+
+    Args:
+        window: the blocks, ternary; entries: one per linear, as they were.
+
+    Returns:
+        The entries with the codes' new figures, and how it ended.
+    """
+    work = job.work
+    if work.has(ENDING):
+        tensors, entries, tuned = work.read(ENDING)
+        for offset, (name, block) in enumerate(window.items()):
+            block.load_state_dict({key: tensors[f"{name}.{key}"] for key in block.state_dict()})
+            advance(student, first + offset, block)
+        assert tuned is not None
+        return entries, tuned
+    outcome = tune_ending(window, first, teacher, student, job.checkpoint, job.recipe, ids, job.progress)
+    tensors = {}
+    for name, block in window.items():
+        tensors |= _block_tensors(block, name, job.checkpoint)
+    ternary = {f"{name}.{n}": m for name, block in window.items() for n, m in block.named_modules()}
+    entries = [replace(entry, zero_share=ternary[entry.name].to_tensor().zero_share) for entry in entries]
+    tuned = asdict(outcome) | {"blocks": list(window), "ending": True}
+    work.write(ENDING, tensors, entries, tuned)
+    return entries, tuned
 
 
 def _layout(job: _Job, int8: dict[str, float], group_sizes: dict[str, int]) -> Layout:
@@ -268,10 +339,10 @@ def _as_source(name: str, tensor: Tensor, checkpoint: Checkpoint) -> Tensor:
     return tensor.to(checkpoint.source_dtype(name)) if tensor.is_floating_point() else tensor
 
 
-def _assemble(job: _Job, layout: Layout, entries: list[LinearReport], ids: Tensor | None) -> Report:
-    """Make the finished folder from the parts, still inside OUT.partial."""
+def _assemble(job: _Job, parts: list[str], layout: Layout, entries: list[LinearReport], ids: Tensor | None) -> Report:
+    """Make the finished folder from these parts, still inside OUT.partial."""
     plan, recipe, final = job.plan, job.recipe, job.work.final
-    output_bytes = job.work.start_final()
+    output_bytes = job.work.start_final(parts)
     for pattern in COPIED:
         for file in job.checkpoint.folder.glob(pattern):
             if file.is_file():

@@ -25,6 +25,7 @@ from ternarize.architecture import (
     skipped_experts,
     unfuse_experts,
 )
+from ternarize.calibration import BATCH_TOKENS
 from ternarize.checkpoint import Checkpoint, tied_parameters
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.packing import int8_row_bytes, level_row_bytes, packed_columns
@@ -35,6 +36,7 @@ from ternarize.tensor import group_count
 from ternarize.text import split_source
 
 RANK_WINDOWS, RANK_LENGTH = 4, 256  # text that a budget ranks the linears on
+LOGITS = 24  # bytes for a logit that is learnt from: two distributions in float32, their gradients, and rounded ones
 LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
 PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
 
@@ -296,9 +298,13 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     first = 4 * 2 * outside
     writing = 4 * weights * 1.1 if any(split_source(s)[0] == "self" for s in calibration.text) else 0
     tuning = LEARNING * recipe.tune.window * block if recipe.tune.epochs else 0
+    ending = 0
+    if recipe.tune.epochs and recipe.tune.ending:
+        logits = LOGITS * max(BATCH_TOKENS, calibration.length) * model.config.get_text_config().vocab_size
+        ending = LEARNING * min(recipe.tune.ending, len(blocks)) * block + 4 * outside + 6 * activations + logits
     distilling = (LEARNING + 4) * weights if recipe.distill.epochs else 0
     ranking = 2 * 4 * weights if recipe.budget is not None else 0
-    return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, first, writing, distilling, ranking))
+    return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, ending, first, writing, distilling, ranking))
 
 
 def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int, int]]) -> float:
@@ -311,6 +317,8 @@ def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int
     columns = sum(i for _, i in ternary.values()) * 60e-6 * (1 + recipe.sweeps)
     once = forward / tokens  # of one token through all ternary linears
     learning = 3 * forward * recipe.tune.epochs
+    if recipe.tune.epochs:
+        learning += 3 * forward * recipe.tune.ending_epochs * min(recipe.tune.ending, len(blocks)) / len(blocks)
     distilled = recipe.distill.samples * recipe.calibration.length * recipe.distill.epochs
     ranking = len(ternary) * once * RANK_WINDOWS * RANK_LENGTH if recipe.budget is not None else 0
     return (3 * forward + moments + solving + learning + 4 * once * distilled + ranking) / rate + columns

@@ -85,10 +85,15 @@ class Tuning(Learning):
     Args:
         window: blocks that learn together, 1 to 4.
         soften: share of the steps over which trits are soft and harden; 0 is hard from the start.
+        ending: the last so many blocks learn once more, together, against the teacher's distribution of the next token;
+            0 is off. All of them are in memory then, and the head.
+        ending_epochs: passes over the calibration windows for that.
     """
 
     window: int = 1
     soften: float = 0.0
+    ending: int = 0
+    ending_epochs: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,9 @@ class Recipe:
             _require(self.group_size >= 1, "group_size", self.group_size, "at least 1, or null for a whole row")
         _require(1 <= self.tune.window <= 4, "tune.window", self.tune.window, "between 1 and 4 blocks")
         _require(0 <= self.tune.soften <= 1, "tune.soften", self.tune.soften, "between 0 and 1")
+        _require(self.tune.ending >= 0, "tune.ending", self.tune.ending, "0 (off) or more")
+        epochs = self.tune.ending_epochs
+        _require(0 < epochs < math.inf, "tune.ending_epochs", epochs, "above 0; tune.ending: 0 turns it off")
         for name, learning in (("tune", self.tune), ("distill", self.distill)):
             _require(0 <= learning.epochs < math.inf, f"{name}.epochs", learning.epochs, "0 (off) or more")
             _require(learning.rank >= 1, f"{name}.rank", learning.rank, "at least 1")

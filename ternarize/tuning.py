@@ -21,6 +21,7 @@ Shapes: O out features, I in features, G groups in a row, B windows, T tokens, H
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +161,7 @@ class Tuned:
     """How the tuning of one window ended.
 
     Args:
-        before, after: held-out loss of the window's output, no unit, as fitted and as learnt.
+        before, after: held-out loss, as fitted and as learnt: of the window's output, no unit, or KL in nats a token.
         kept: whether what was learnt is kept.
         steps: optimizer steps taken.
     """
@@ -206,39 +207,63 @@ def tune(
         exit_: the teacher's hidden states where it ends.
         walk: how each block is called.
     """
+
+    def loss(batch: int) -> Tensor:
+        return window_loss(walk.through(window, first, batch, entrance[batch]), exit_[batch], recipe.tune.off)
+
+    return learn(window, loss, len(entrance), recipe.tune.epochs, recipe)
+
+
+def count_steps(batches: int, recipe: Recipe, epochs: float) -> int:
+    """Optimizer steps in so many passes over the batches that are not held out."""
+    return math.ceil(epochs * first_held_out(batches, recipe.calibration.held_out))
+
+
+def learn(
+    window: list[nn.Module],
+    loss: Callable[[int], Tensor],
+    batches: int,
+    epochs: float,
+    recipe: Recipe,
+    stepped: Callable[[], object] = lambda: None,
+) -> Tuned:
+    """Lower `loss(batch)` by what the window's trainable linears can learn; roll back if it lost on held-out batches.
+
+    Args:
+        batches: how many there are; the last ones are held out, as the recipe says.
+        epochs: passes over the others.
+        stepped: called after each step.
+    """
     settings = recipe.tune
-    device = entrance[0].device
-    fitted = first_held_out(len(entrance), recipe.calibration.held_out)
+    fitted = first_held_out(batches, recipe.calibration.held_out)
     modules = [m for block in window for m in block.modules() if isinstance(m, TrainableTernary)]
     learning = learning_parameters({str(number): module for number, module in enumerate(modules)})
+    device = next(window[0].parameters()).device
     start = {name: parameter.detach().clone() for name, parameter in learning.items()}
-    steps = math.ceil(settings.epochs * fitted)
-
-    def run(batch: int) -> Tensor:
-        hidden = entrance[batch]
-        for offset, block in enumerate(window):
-            hidden = walk.calls[batch][first + offset].run(block, hidden)
-        return hidden
+    steps = count_steps(batches, recipe, epochs)
 
     @torch.no_grad()
     def held_out() -> float:
-        apart = range(fitted, len(entrance)) if fitted < len(entrance) else range(len(entrance))
+        apart = range(fitted, batches) if fitted < batches else range(batches)
         with autocast(device):
-            return sum(float(window_loss(run(b), exit_[b], settings.off)) for b in apart) / len(apart)
+            return sum(float(loss(batch)) for batch in apart) / len(apart)
 
     before = held_out()
+    if not learning:  # all linears of the window are skipped
+        return Tuned(before, before, False, 0)
     optimizer = make_optimizer(learning, settings)
     generator = torch.Generator().manual_seed(recipe.calibration.seed)
-    order = [int(b) for _ in range(math.ceil(settings.epochs)) for b in torch.randperm(fitted, generator=generator)]
+    order = [int(b) for _ in range(math.ceil(epochs)) for b in torch.randperm(fitted, generator=generator)]
     for step, batch in enumerate(order[:steps]):
         progress = step / steps
         for module in modules:
             module.sharpness = sharpness(progress, settings.soften)
         with torch.enable_grad(), autocast(device):
-            loss = window_loss(run(batch), exit_[batch], settings.off)
+            current = loss(batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        current.backward()
         step_optimizer(optimizer, schedule(progress))
+        stepped()
     for module in modules:
         module.sharpness = math.inf
     after = held_out()

@@ -7,6 +7,7 @@
       group_sizes.json         what a budget gives each linear
       outside.safetensors      what lies outside the blocks
       block-00000.safetensors  one part per finished block; its .json is written after it and makes it count
+      ending.safetensors       the last blocks, where they learnt once more; takes the place of their own parts
       distill.safetensors      a distillation under way
       teacher/                 what the teacher said, where a distillation sees its text again
       final/                   the finished folder, renamed to OUT
@@ -48,6 +49,7 @@ from ternarize.report import LinearReport, versions
 
 SHARD_BYTES = 1_000_000_000  # a shard is assembled in memory, so it stays small
 OUTSIDE = "outside"
+ENDING = "ending"
 
 
 class Workspace:
@@ -192,13 +194,12 @@ class Workspace:
         entries = [LinearReport(**(entry | {"shape": tuple(entry["shape"])})) for entry in facts["linears"]]
         return tensors, entries, facts["tuned"]
 
-    def start_final(self) -> int:
-        """Make `final` anew with the weight files in it; returns their bytes."""
+    def start_final(self, parts: list[str]) -> int:
+        """Make `final` anew with the weight files of these parts in it; returns their bytes."""
         if self.final.exists():
             shutil.rmtree(self.final)
         self.final.mkdir()
-        parts = [self.folder / f"{OUTSIDE}.safetensors", *sorted(self.folder.glob("block-*.safetensors"))]
-        return write_shards(self.final, parts)
+        return write_shards(self.final, [self.folder / f"{part}.safetensors" for part in parts])
 
     def copy_final(self, folder: Path) -> None:
         """Make `final` anew as a copy of a finished folder."""
@@ -253,7 +254,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a conversion may have put this into OUT.partial."""
     return (
         re.fullmatch(
-            r"((state|group_sizes|seconds)\.json|(calibration|distill|outside|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced|teacher",
+            r"((state|group_sizes|seconds)\.json|(calibration|distill|outside|ending|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced|teacher",
             path.name,
         )
         is not None

@@ -45,6 +45,7 @@ ORDER = (
     "distill",
     "plan",
     "block",
+    "ending",
     "hub",
     "evaluate",
     "speed",

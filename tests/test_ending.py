@@ -1,0 +1,119 @@
+"""The last blocks learn once more: what changes, what does not; a run stopped there goes on to the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import contents, make_checkpoint, make_recipe, read_tensors
+
+import ternarize
+from ternarize import Recipe, conversion
+from ternarize.checkpoint import Checkpoint
+from ternarize.conversion import convert
+from ternarize.ending import first_of_ending
+from ternarize.errors import StoppedError
+from ternarize.plan import make_plan
+from ternarize.progress import Progress
+from ternarize.report import Report
+
+QUIET = Progress(quiet=True)
+TUNE: dict[str, Any] = {"epochs": 1, "rate": 0.02, "level_rate": 0.03}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("source") / "source", num_hidden_layers=4)
+
+
+def with_ending(text: Path, ending: int = 2, **changes: Any) -> Recipe:
+    return make_recipe(text, tune=TUNE | {"ending": ending, "ending_epochs": 6.0} | changes)
+
+
+@pytest.fixture(scope="module")
+def ended(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("ended") / "out"
+    convert(source, output, with_ending(text), progress=QUIET)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("ending", "window", "blocks", "first"),
+    [(4, 1, 30, 26), (0, 1, 30, 30), (40, 1, 30, 0), (5, 2, 30, 24), (3, 4, 6, 0)],
+)
+def test_where_it_begins(ending: int, window: int, blocks: int, first: int) -> None:
+    recipe = Recipe.from_dict({"tune": TUNE | {"ending": ending, "window": window}})
+    assert first_of_ending(recipe, blocks) == first
+    assert first_of_ending(Recipe.from_dict({"tune": {"ending": ending}}), blocks) == blocks  # nothing is tuned
+
+
+def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(
+    source: Path, text: Path, ended: Path, tmp_path: Path
+) -> None:
+    plain = convert(source, tmp_path / "plain", with_ending(text, ending=0), progress=QUIET)
+    report = Report.read(ended)
+    *_, last = report.run["tune"]
+    assert last["ending"]
+    assert last["kept"]
+    assert last["blocks"] == ["model.layers.2", "model.layers.3"]
+    assert last["after"] < last["before"]
+    # the gate measures the same windows with the student's own int8 head
+    assert report.run["verdict"]["evaluation"]["kl"] == pytest.approx(last["after"], rel=0.1)
+    assert report.run["verdict"]["evaluation"]["kl"] < plain.run["verdict"]["evaluation"]["kl"]
+    before, after = read_tensors(tmp_path / "plain"), read_tensors(ended)
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
+    assert any(name.endswith(".weight") for name in changed)  # codes moved, and the report counts them anew
+    model, _ = ternarize.load(ended)
+    for entry in report.linears:
+        assert entry.zero_share == model.get_submodule(entry.name).to_tensor().zero_share
+
+
+def test_it_is_taken_back_where_it_lost(source: Path, text: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "fitted", make_recipe(text), progress=QUIET)
+    report = convert(source, tmp_path / "out", with_ending(text, rate=50.0, level_rate=50.0), progress=QUIET)
+    *_, last = report.run["tune"]
+    assert last["ending"]
+    assert not last["kept"]
+    assert not any(tuned["kept"] for tuned in report.run["tune"])
+    fitted = read_tensors(tmp_path / "fitted")
+    assert all(torch.equal(tensor, fitted[name]) for name, tensor in read_tensors(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
+def test_stopped_inside_or_behind_it_the_run_goes_on_to_the_same_bytes(family: str, text: Path, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", family)
+    recipe = with_ending(text)
+    convert(source, tmp_path / "whole", recipe, progress=QUIET)
+
+    def stop(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for place in ("tune_ending", "_assemble"):
+        output = tmp_path / place
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conversion, place, stop)
+            with pytest.raises(StoppedError, match="2 blocks are safe"):
+                convert(source, output, recipe, progress=QUIET)
+        with pytest.MonkeyPatch.context() as patch:
+            if place == "_assemble":  # what was finished is not done again
+                patch.setattr(conversion, "tune_ending", stop)
+            convert(source, output, recipe, resume=True, progress=QUIET)
+        assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_blocks_without_a_ternary_linear_end_as_they_are(source: Path, text: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(text, tune=TUNE | {"ending": 2}, skip=["model.layers.[23].*"])
+    report = convert(source, tmp_path / "out", recipe, progress=QUIET)
+    last = report.run["tune"][-1]
+    assert (last["kept"], last["steps"]) == (False, 0)
+    assert last["before"] == last["after"]
+
+
+def test_the_plan_knows_of_it(source: Path, text: Path) -> None:
+    without, small, large = (make_plan(Checkpoint(source), with_ending(text, ending=n)) for n in (0, 1, 4))
+    assert without.peak_memory <= small.peak_memory <= large.peak_memory
