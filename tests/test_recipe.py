@@ -235,6 +235,8 @@ BAD: dict[str, list[Any]] = {
     "sweeps": [-1, 21, None, *WHOLE],
     "tune.window": [0, 5, None, *WHOLE],
     "tune.soften": [-0.1, 1.1, *NUMBER],
+    "tune.ending": [-1, None, *WHOLE],
+    "tune.ending_epochs": [0, -1, None, *NUMBER],
     "distill.samples": [0, None, *WHOLE],
     "distill.batch": [0, None, *WHOLE],
     "distill.depths": [0, None, *WHOLE],
