@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
         work.write(OUTSIDE, _outside_tensors(model, path, checkpoint), [])
     release(model)  # what is outside the blocks has been written and used; blocks are read one by one
 
-    entries: list[list[LinearReport]] = []  # of each block
+    entries: list[LinearReport] = []
     tunings: list[dict[str, Any]] = []
     parts = [OUTSIDE, *map(work.block, range(len(blocks)))]
     end = first_of_ending(recipe, len(blocks))
@@ -176,7 +176,7 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
                 entrance = list(student.hidden)
             window = {f"{path}.{index}": blocks[index] for index in range(len(blocks))[first : first + width]}
             made, tuned = _convert_window(job, model, window, first, teacher, student, group_sizes)
-            entries += made
+            entries += [entry for block in made for entry in block]
             tunings += [tuned] if tuned else []
             for index in range(first, min(first + len(window), end)):
                 blocks[index] = nn.Identity()
@@ -184,13 +184,9 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
     if end < len(blocks):
         student.hidden = entrance
         window = {f"{path}.{index}": blocks[index] for index in range(end, len(blocks))}
-        known = [entry for block in entries[end:] for entry in block]
-        known, ended = _convert_ending(job, window, end, known, teacher, student, batched)
-        entries[end:] = [known]
-        tunings.append(ended)
+        tunings.append(_convert_ending(job, window, end, teacher, student, batched))
         parts[1 + end :] = [ENDING]
-    flat = [entry for block in entries for entry in block]
-    report = _assemble(job, parts, _layout(job, int8, group_sizes), flat, ids)
+    report = _assemble(job, parts, _layout(job, int8, group_sizes), entries, ids)
     if tunings:
         report.run["tune"] = tunings
     if ids is None:
@@ -237,36 +233,28 @@ def _convert_ending(
     job: _Job,
     window: dict[str, nn.Module],
     first: int,
-    entries: list[LinearReport],
     teacher: Walk,
     student: Walk,
     ids: list[Tensor],
-) -> tuple[list[LinearReport], dict[str, Any]]:
-    """Let the last blocks learn once more and make them durable, or walk through what an earlier run made of them.
-
-    Args:
-        window: the blocks, ternary; entries: one per linear, as they were.
-
-    Returns:
-        The entries with the codes' new figures, and how it ended.
+) -> dict[str, Any]:
+    """Let the last blocks, which are ternary, learn once more and make them durable; or walk through what an earlier
+    run made of them. Returns how it ended.
     """
     work = job.work
     if work.has(ENDING):
-        tensors, entries, tuned = work.read(ENDING)
+        tensors, _, ended = work.read(ENDING)
         for offset, (name, block) in enumerate(window.items()):
             block.load_state_dict({key: tensors[f"{name}.{key}"] for key in block.state_dict()})
             advance(student, first + offset, block)
-        assert tuned is not None
-        return entries, tuned
+        assert ended is not None
+        return ended
     outcome = tune_ending(window, first, teacher, student, job.checkpoint, job.recipe, ids, job.progress)
     tensors = {}
     for name, block in window.items():
         tensors |= _block_tensors(block, name, job.checkpoint)
-    ternary = {f"{name}.{n}": m for name, block in window.items() for n, m in block.named_modules()}
-    entries = [replace(entry, zero_share=ternary[entry.name].to_tensor().zero_share) for entry in entries]
-    tuned = asdict(outcome) | {"blocks": list(window), "ending": True}
-    work.write(ENDING, tensors, entries, tuned)
-    return entries, tuned
+    ended = asdict(outcome) | {"blocks": list(window), "ending": True}
+    work.write(ENDING, tensors, [], ended)
+    return ended
 
 
 def _layout(job: _Job, int8: dict[str, float], group_sizes: dict[str, int]) -> Layout:

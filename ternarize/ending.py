@@ -2,20 +2,23 @@
 
 Block by block, each learns to come close to the teacher's hidden states, all of them alike. What the head makes of them
 is not alike: the last blocks can be taught which of the errors that reached them change the answer. That takes these
-blocks, the head and two sets of hidden states in memory, not the models. A held-out guard decides, as in tuning.
+blocks, the head and three sets of hidden states in memory, not the models. Scales and shifts learn, codes do not: in so
+few steps they gain nothing by it (recipes/README.md). A held-out guard decides, as in tuning.
 
     loss = KL(teacher || student), nats a token, both read from hidden states by the teacher's own norm and head
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from ternarize.architecture import find_blocks, linear_weight, linears, unfuse_experts
+from ternarize.architecture import find_blocks
 from ternarize.block import advance
 from ternarize.calibration import Walk, finish_walk
-from ternarize.checkpoint import Checkpoint, place, release
+from ternarize.checkpoint import Checkpoint, place
 from ternarize.lesson import Reference
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
@@ -39,7 +42,7 @@ def tune_ending(
     ids: list[Tensor],
     progress: Progress,
 ) -> Tuned:
-    """Learn the codes, scales and shifts of a model's last blocks, ternary before and after.
+    """Learn the scales and shifts of a model's last blocks, ternary before and after.
 
     Args:
         window: the blocks by full name, in order; `first` is the number of the first one.
@@ -47,18 +50,13 @@ def tune_ending(
         student: where the window begins; it is advanced to the end.
         ids: the calibration windows in batches, int64 [B, T], as they were walked.
     """
+    levels = replace(recipe.tune, codes="frozen", levels=True)
+    for name, block in window.items():
+        make_trainable(block, {}, name, levels)
     outside = checkpoint.skeleton()
     path, blocks = find_blocks(outside)
-    device, epochs = str(ids[0].device), recipe.tune.ending_epochs
-    for name, block in window.items():
-        checkpoint.load(outside, f"{name}.")
-        source = outside.get_submodule(name)
-        place(source, device)
-        unfuse_experts(source, name, recipe.skip)
-        make_trainable(block, {n: linear_weight(m).float() for n, m in linears(source, name)}, name, recipe.tune)
-        release(source)
     checkpoint.load(outside, "", exclude=f"{path}.")
-    place(outside, device)
+    place(outside, str(ids[0].device))
 
     def logits(hidden: Tensor, batch: int) -> Tensor:
         return finish_walk(outside, blocks, hidden, ids[batch], teacher.calls[batch][-1].tuple_output)
@@ -69,6 +67,7 @@ def tune_ending(
         hidden = student.through(list(window.values()), first, batch, student.hidden[batch])
         return expected.divergence(logits(hidden, batch))
 
+    epochs = recipe.tune.ending_epochs
     with progress.bar("tuning the last blocks", total=count_steps(len(ids), recipe, epochs), unit="step") as bar:
         tuned = learn(list(window.values()), loss, len(ids), epochs, recipe, lambda: bar.update(1))
     for offset, block in enumerate(window.values()):

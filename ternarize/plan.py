@@ -37,6 +37,7 @@ from ternarize.text import split_source
 
 RANK_WINDOWS, RANK_LENGTH = 4, 256  # text that a budget ranks the linears on
 LOGITS = 24  # bytes for a logit that is learnt from: two distributions in float32, their gradients, and rounded ones
+FROZEN = 16  # bytes for a weight whose scale learns: its code, the float weight made of it, and that one's gradient
 LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
 PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
 
@@ -301,7 +302,7 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     ending = 0
     if recipe.tune.epochs and recipe.tune.ending:
         logits = LOGITS * max(BATCH_TOKENS, calibration.length) * model.config.get_text_config().vocab_size
-        ending = LEARNING * min(recipe.tune.ending, len(blocks)) * block + 4 * outside + 6 * activations + logits
+        ending = FROZEN * min(recipe.tune.ending, len(blocks)) * block + 4 * outside + 6 * activations + logits
     distilling = (LEARNING + 4) * weights if recipe.distill.epochs else 0
     ranking = 2 * 4 * weights if recipe.budget is not None else 0
     return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, ending, first, writing, distilling, ranking))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import contents, make_checkpoint, make_recipe, read_tensors
 
-import ternarize
 from ternarize import Recipe, conversion
 from ternarize.checkpoint import Checkpoint
 from ternarize.conversion import convert
@@ -67,10 +66,7 @@ def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
-    assert any(name.endswith(".weight") for name in changed)  # codes moved, and the report counts them anew
-    model, _ = ternarize.load(ended)
-    for entry in report.linears:
-        assert entry.zero_share == model.get_submodule(entry.name).to_tensor().zero_share
+    assert not any(name.endswith("proj.weight") for name in changed)  # scales and shifts learn, codes do not
 
 
 def test_it_is_taken_back_where_it_lost(source: Path, text: Path, tmp_path: Path) -> None:
