@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,13 @@ def test_output_holds_weights_config_tokenizer_recipe_report_and_card_and_nothin
     assert {path.name for path in ternary.iterdir()} == own | copied
     assert all((ternary / name).read_bytes() == (llama / name).read_bytes() for name in copied)
     assert sorted(path.name for path in ternary.parent.iterdir()) == ["ternary"]
+
+
+def test_peak_memory_is_that_of_the_process_itself() -> None:
+    ballast = torch.ones(1 << 28)  # 1 GiB that a process started from here does not hold
+    code = "from ternarize.report import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 << 27 < int(done.stdout) < ballast.nbytes
 
 
 def test_config_is_the_sources_plus_how_to_read_the_weights(ternary: Path, llama: Path) -> None:

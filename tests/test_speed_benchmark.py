@@ -181,7 +181,7 @@ def test_random_checkpoint(tmp_path: Path) -> None:
     assert (model.source / "model.safetensors").stat().st_mtime_ns == written
     assert find(f"{SHAPE}={folder}", tmp_path, quiet).ternary(quiet) == folder
     layout = read_config(folder)["quantization_config"]
-    assert (layout["group_size"], layout["scale_bits"], layout["shift_bits"], layout["shift"]) == (64, 4, 4, True)
+    assert (layout["group_size"], layout["scale_bits"], layout["shift_bits"], layout["shift"]) == (32, 4, 4, False)
     assert not DATA_FREE.needs_statistics
     for text, error in ((f"{SHAPE}x1", "is no shape"), ("random:axb", "is no shape"), (f"{SHAPE}=no", "not a folder")):
         with pytest.raises(TernarizeError, match=error):

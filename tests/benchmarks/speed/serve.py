@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from ..quality.peers._peak import peak_memory
 
 Facts = dict[str, Any]
 Times = Callable[[int, int, int], list[float]]  # threads, prompt, tokens -> when it began, and when each token was out
@@ -51,16 +51,3 @@ def prompt_ids(vocabulary: int, count: int) -> list[int]:
     """The same random tokens for everybody."""
     generator = random.Random(0)
     return [generator.randrange(vocabulary) for _ in range(count)]
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process, bytes.
-
-    Linux's ru_maxrss is at least what the process that started this one had at that moment, so it is not asked there.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

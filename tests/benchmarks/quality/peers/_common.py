@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from _peak import peak_memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Job:
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
-        self.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_memory = peak_memory()
 
     def write_dense(self, weights: dict[str, Tensor]) -> None:
         """The source checkpoint with `weights` in the place of its own, everything in float32."""
