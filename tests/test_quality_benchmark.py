@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,14 @@ def test_zero_shot(tmp_path: Path) -> None:
         assert found["tasks"][name]["score"] == pytest.approx(right / count), name
     assert found["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 2 + 1 / 2) / 4)
     assert found["mean"] == pytest.approx(sum(task["score"] for task in found["tasks"].values()) / 4)
+
+
+def test_what_adapters_share_is_found_by_a_script_beside_it_and_as_part_of_the_package() -> None:
+    beside = f"import sys; sys.path.insert(0, {str(contenders.PEERS)!r}); import _common; print(_common.peak_memory())"
+    inside = "import tests.benchmarks.quality.peers._common as common; print(common.peak_memory())"
+    for code in (beside, inside):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) > 1 << 20

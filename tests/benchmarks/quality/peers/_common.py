@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _peak import peak_memory
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+try:
+    from ._peak import peak_memory
+except ImportError:  # run as a script's neighbour, not as part of the package
+    from _peak import peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
