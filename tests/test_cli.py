@@ -53,7 +53,8 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
 @pytest.fixture
 def settings(text: Path) -> list[str]:
     """The session's recipe as options."""
-    changes = {"group_size": 12, "int8_group_size": 20, "calibration.samples": 16, "calibration.length": 64}
+    changes = {"grid": "dlt", "group_size": 12, "int8_group_size": 20}
+    changes |= {"calibration.samples": 16, "calibration.length": 64}
     options = ["--recipe", "fast", "--text", str(text)]
     for key, value in changes.items():
         options += ["--set", f"{key}={value}"]
@@ -307,7 +308,13 @@ def test_signal_in_the_middle_leaves_a_run_that_resumes_to_the_same_bits(
     source, whole, _ = long
     output = tmp_path / "ternary"
     arguments = ["convert", str(source), "-o", str(output), "-r", str(whole.parent / "recipe.yaml")]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     partial = output.with_name("ternary.partial")
     deadline = time.monotonic() + 120
     while not (partial / "block-00002.json").exists():
