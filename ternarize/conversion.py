@@ -42,7 +42,7 @@ from ternarize.checkpoint import (
     write_tensors,
     write_text,
 )
-from ternarize.ending import first_of_ending, tune_ending
+from ternarize.ending import tune_ending
 from ternarize.evaluate import Evaluation, load_any
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
@@ -168,7 +168,7 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
     entries: list[LinearReport] = []
     tunings: list[dict[str, Any]] = []
     parts = [OUTSIDE, *map(work.block, range(len(blocks)))]
-    end = first_of_ending(recipe, len(blocks))
+    end = recipe.tune.first_of_ending(len(blocks))
     width = recipe.tune.window if recipe.tune.epochs else 1
     with job.progress.bar("converting", total=len(blocks), unit="block") as bar:
         for first in range(0, len(blocks), width):

@@ -25,13 +25,6 @@ from ternarize.recipe import Recipe
 from ternarize.tuning import Tuned, count_steps, learn, make_ternary, make_trainable
 
 
-def first_of_ending(recipe: Recipe, blocks: int) -> int:
-    """Number of the first of the blocks that learn once more, where a window begins; `blocks` where none does."""
-    if not (recipe.tune.epochs and recipe.tune.ending):
-        return blocks
-    return max(0, blocks - recipe.tune.ending) // recipe.tune.window * recipe.tune.window
-
-
 def tune_ending(
     window: dict[str, nn.Module],
     first: int,

@@ -300,9 +300,9 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     writing = 4 * weights * 1.1 if any(split_source(s)[0] == "self" for s in calibration.text) else 0
     tuning = LEARNING * recipe.tune.window * block if recipe.tune.epochs else 0
     ending = 0
-    if recipe.tune.epochs and recipe.tune.ending:
+    if ended := len(blocks) - recipe.tune.first_of_ending(len(blocks)):
         logits = LOGITS * max(BATCH_TOKENS, calibration.length) * model.config.get_text_config().vocab_size
-        ending = FROZEN * min(recipe.tune.ending, len(blocks)) * block + 4 * outside + 6 * activations + logits
+        ending = FROZEN * ended * block + 4 * outside + 6 * activations + logits
     distilling = (LEARNING + 4) * weights if recipe.distill.epochs else 0
     ranking = 2 * 4 * weights if recipe.budget is not None else 0
     return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, ending, first, writing, distilling, ranking))
@@ -317,9 +317,8 @@ def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int
     solving = sum(6 * o * i * i for o, i in ternary.values())
     columns = sum(i for _, i in ternary.values()) * 60e-6 * (1 + recipe.sweeps)
     once = forward / tokens  # of one token through all ternary linears
-    learning = 3 * forward * recipe.tune.epochs
-    if recipe.tune.epochs:
-        learning += 3 * forward * recipe.tune.ending_epochs * min(recipe.tune.ending, len(blocks)) / len(blocks)
+    ended = 1 - recipe.tune.first_of_ending(len(blocks)) / len(blocks)
+    learning = 3 * forward * (recipe.tune.epochs + recipe.tune.ending_epochs * ended)
     distilled = recipe.distill.samples * recipe.calibration.length * recipe.distill.epochs
     ranking = len(ternary) * once * RANK_WINDOWS * RANK_LENGTH if recipe.budget is not None else 0
     return (3 * forward + moments + solving + learning + 4 * once * distilled + ranking) / rate + columns

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ternarize.errors import TernarizeError
 from ternarize.report import Report
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files.
+
+    Raises:
+        TernarizeError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot
+    except ImportError as error:
+        raise TernarizeError("plots need matplotlib. Run: pip install 'ternarize[plot]'") from error
+    return matplotlib.pyplot
 
 
 def plot_report(report: Report, path: Path) -> None:
@@ -15,13 +32,7 @@ def plot_report(report: Report, path: Path) -> None:
     Raises:
         TernarizeError: matplotlib is not there, or the file's type is unknown to it.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise TernarizeError("plots need matplotlib. Run: pip install 'ternarize[plot]'") from error
+    plt = pyplot()
 
     kinds: dict[str, list[tuple[int, float, float]]] = {}
     for entry in report.linears:

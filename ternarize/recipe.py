@@ -95,6 +95,12 @@ class Tuning(Learning):
     ending: int = 0
     ending_epochs: float = 1.0
 
+    def first_of_ending(self, blocks: int) -> int:
+        """Number of the first of a model's blocks to learn once more, where a window begins; `blocks` if none does."""
+        if not (self.epochs and self.ending):
+            return blocks
+        return max(0, blocks - self.ending) // self.window * self.window
+
 
 @dataclass(frozen=True)
 class Distillation(Learning):

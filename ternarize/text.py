@@ -12,10 +12,7 @@ Shapes: B windows, T tokens in a window.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ternarize.checkpoint import write_tensors
 from ternarize.errors import TernarizeError
 from ternarize.progress import Progress, quiet_transformers
+from ternarize.reading import Item, Message, read, read_text
 from ternarize.sources import cache_folder
 
-Message = dict[str, str]
-Item = str | list[Message]
 READ_AHEAD = 4  # windows are drawn from a pool this many times larger, where the source has as much
 WRITER_BATCH = 64
 WRITER_VERSION = 2  # of the way `write_windows` works: part of the cache's key
@@ -221,7 +217,7 @@ def read_whole(source: str) -> str:
     """
     path = Path(source).expanduser()
     if "wiki" in path.name and ".jsonl" not in path.name and path.is_file():
-        lines = _read_text(path).split("\n")
+        lines = read_text(path).split("\n")
         if lines and not lines[-1]:
             lines.pop()
         return "\n\n".join("" if not line.strip() else line + "\n" for line in lines)
@@ -234,83 +230,6 @@ def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> 
     if tokenizer.chat_template:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     return "\n\n".join(message["content"] for message in messages)
-
-
-# -- reading -------------------------------------------------------------------------------------------------------
-
-
-def read(source: str) -> Iterator[Item]:
-    """The items of one source other than `self`: texts, or conversations.
-
-    Raises:
-        TernarizeError: unknown, unreadable, or a record without text.
-    """
-    path = Path(source).expanduser()
-    if source == "pydoc":
-        from pydoc_data.topics import topics
-
-        yield from (topics[name] for name in sorted(topics))
-    elif path.is_file():
-        yield from _read_jsonl(path) if ".jsonl" in path.name else iter([_read_text(path)])
-    elif path.suffix or source.startswith((".", "/", "~")):
-        raise TernarizeError(f"text source {source!r}: no such file.")
-    else:
-        yield from _read_hub(source)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise TernarizeError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Item]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise TernarizeError(f"{path}, line {number} is not JSON: {error}") from error
-        yield _item(record, f"{path}, line {number}")
-
-
-def _item(record: Any, where: str) -> Item:
-    """A record's text or conversation."""
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        for key in ("messages", "conversations"):
-            messages = record.get(key)
-            if isinstance(messages, list) and all(
-                isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-            ):
-                return [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in messages]
-        if isinstance(record.get("text"), str):
-            return record["text"]
-    keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-    raise TernarizeError(f'{where} has neither "text" nor "messages" with role and content; found: {keys}.')
-
-
-def _read_hub(source: str) -> Iterator[Item]:
-    from datasets import load_dataset
-
-    name, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        dataset = load_dataset(name, config or None, split=split or "train", streaming=True)
-        for record in dataset:
-            yield _item(record, f"dataset {source}")
-    except TernarizeError:
-        raise
-    except Exception as error:  # datasets raises whatever its readers raise; name the source, keep the cause
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TernarizeError(
-            f"text source {source!r} is not self, pydoc or a file, and could not be read as a Hub dataset: {reason} "
-            "Check the spelling or the connection; self needs neither."
-        ) from error
 
 
 # -- the model's own text ------------------------------------------------------------------------------------------

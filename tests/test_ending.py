@@ -12,7 +12,6 @@ from tiny import contents, make_checkpoint, make_recipe, read_tensors
 from ternarize import Recipe, conversion
 from ternarize.checkpoint import Checkpoint
 from ternarize.conversion import convert
-from ternarize.ending import first_of_ending
 from ternarize.errors import StoppedError
 from ternarize.plan import make_plan
 from ternarize.progress import Progress
@@ -44,8 +43,8 @@ def ended(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 )
 def test_where_it_begins(ending: int, window: int, blocks: int, first: int) -> None:
     recipe = Recipe.from_dict({"tune": TUNE | {"ending": ending, "window": window}})
-    assert first_of_ending(recipe, blocks) == first
-    assert first_of_ending(Recipe.from_dict({"tune": {"ending": ending}}), blocks) == blocks  # nothing is tuned
+    assert recipe.tune.first_of_ending(blocks) == first
+    assert Recipe.from_dict({"tune": {"ending": ending}}).tune.first_of_ending(blocks) == blocks  # nothing is tuned
 
 
 def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(

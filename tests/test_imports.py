@@ -38,6 +38,7 @@ ORDER = (
     "swap",
     "quantizer",
     "report",
+    "reading",
     "text",
     "calibration",
     "tuning",
@@ -99,12 +100,12 @@ def test_the_check_sees_imports_of_every_form() -> None:
     source = """
 import os, ternarize.cli
 from ternarize import plot, __version__
-from ternarize.text import read
+from ternarize.reading import read
 import ternarize
 def later():
     from ternarize.kernels.reference import ternary_linear
 """
-    assert sorted(imported(ast.parse(source), set(ORDER))) == ["cli", "kernels", "plot", "text"]
+    assert sorted(imported(ast.parse(source), set(ORDER))) == ["cli", "kernels", "plot", "reading"]
 
 
 # What only converting, measuring or the command line needs: all below the loader, and the solver.

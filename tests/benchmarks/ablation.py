@@ -102,7 +102,7 @@ def main() -> None:
             drawn = wanted.samples + arguments.held_out
             ids = calibration_windows(wanted.text, folder, drawn, wanted.length, seed, progress)
             started = time.monotonic()
-            fitted = mix_random(ids[: wanted.samples], wanted, folder, teacher.config.vocab_size)
+            fitted = mix_random(ids[: wanted.samples], wanted, folder, teacher.config.get_text_config().vocab_size)
             student, bits = convert_first(teacher, recipe, fitted, arguments.blocks)
             seconds = time.monotonic() - started
             dequantize_modules(student, torch.float32)  # to measure it sooner

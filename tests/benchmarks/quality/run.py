@@ -29,7 +29,6 @@ import gzip
 import hashlib
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -49,6 +48,7 @@ from ternarize.report import dump_json
 from ternarize.sources import cache_folder, resolve
 from ternarize.text import calibration_windows, evaluation_windows, fingerprint, load_tokenizer, read_whole
 
+from ..results import command, rows_of
 from . import zero_shot
 from .contenders import Contender, Inputs, choose, produce
 from .table import draw, markdown
@@ -90,17 +90,8 @@ class Yardstick:
 
 
 def main() -> None:
-    """Parse, run, print the table; known errors are one message."""
-    arguments = _parser().parse_args()
-    try:
-        if arguments.table is None:
-            run(arguments, Progress())
-        path = arguments.table or arguments.out
-        results = read(path)
-        print(markdown(results))
-        draw(results, path.with_suffix(".png"))
-    except TernarizeError as error:
-        sys.exit(f"error: {error}")
+    """Parse, run, print the table."""
+    command(_parser().parse_args(), run, markdown, draw)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,7 +148,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         "texts": {name: {"windows": list(ids.shape), "sha256": fingerprint(ids)} for name, ids in texts.items()},
         "zero_shot": {"items": arguments.items, "dtype": arguments.zero_shot_dtype, "lm_eval": lm_eval},
     }
-    rows = rows_of(arguments.out, results)
+    rows = rows_of(arguments.out, results, "contender")
     measured_with = {"torch": torch.__version__, "transformers": transformers.__version__}
     dtype = getattr(torch, arguments.zero_shot_dtype)
     teacher = load_any(inputs.folder, "cpu", torch.float32)
@@ -204,35 +195,6 @@ def prepare(arguments: argparse.Namespace, work: Path, progress: Progress) -> tu
     calibration = work / "calibration.safetensors"
     write_tensors(calibration, {"ids": ids})
     return Inputs(arguments.source, folder, calibration, ids, (wiki, train), seed, arguments.environments), held_out
-
-
-def rows_of(path: Path, results: dict[str, Any], key: str = "contender") -> dict[str, dict[str, Any]]:
-    """The rows of a results file by `key`, if they were measured as `results` says; none where there is no file.
-
-    Raises:
-        TernarizeError: they were measured otherwise.
-    """
-    before = read(path) if path.exists() else results | {"rows": []}
-    for name, value in results.items():
-        if before.get(name) != value:
-            raise TernarizeError(
-                f"{path} was measured with {name} {before.get(name)!r}, this run has {value!r}. The rows of one file "
-                "are comparable: choose another --out, or the same settings."
-            )
-    return {row[key]: row for row in before["rows"]}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A results file.
-
-    Raises:
-        TernarizeError: there is none, or it is damaged.
-    """
-    try:
-        results: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise TernarizeError(f"{path} is not a results file: {error}. Give one that --out named.") from error
-    return results
 
 
 def compete(

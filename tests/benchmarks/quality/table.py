@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import TernarizeError
+from ternarize.plot import pyplot
 
 Row = dict[str, Any]
 COLUMNS = {
@@ -72,13 +72,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     Raises:
         TernarizeError: matplotlib is not there.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise TernarizeError("plots need matplotlib. Run: pip install 'ternarize[plot]'") from error
+    plt = pyplot()
 
     points = []
     for row in sorted((row for row in results["rows"] if "linear_bytes" in row and "error" not in row), key=_order):

@@ -33,7 +33,6 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +49,7 @@ from ternarize.report import dump_json, versions
 from ternarize.sources import cache_folder
 from ternarize.speed import torch_threads
 
-from ..quality.run import read, rows_of
+from ..results import command, rows_of
 from .contenders import Contestant, Setting, choose
 from .models import Model, find
 from .table import draw, markdown
@@ -61,17 +60,8 @@ CHOICES = ("OMP_", cpu.CPU_VARIABLE, cpu.ACTIVATIONS_VARIABLE)  # of the environ
 
 
 def main() -> None:
-    """Parse, run, print the table; known errors are one message."""
-    arguments = _parser().parse_args()
-    try:
-        if arguments.table is None:
-            run(arguments, Progress())
-        path = arguments.table or arguments.out
-        results = read(path)
-        print(markdown(results))
-        draw(results, path.with_suffix(".png"))
-    except TernarizeError as error:
-        sys.exit(f"error: {error}")
+    """Parse, run, print the table."""
+    command(_parser().parse_args(), run, markdown, draw)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import TernarizeError
+from ternarize.plot import pyplot
 from ternarize.speed import spread
 
 from .contenders import TERNARIZE
@@ -134,13 +134,7 @@ def draw(results: Row, path: Path) -> None:
     Raises:
         TernarizeError: matplotlib is not there.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise TernarizeError("plots need matplotlib. Run: pip install 'ternarize[plot]'") from error
+    plt = pyplot()
 
     models, settings = results["rows"], results["settings"]
     contexts = len(settings["contexts"]) > 1
