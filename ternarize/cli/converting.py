@@ -1,0 +1,217 @@
+"""convert, distill, plan."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ternarize.cli.app import app
+from ternarize.cli.options import (
+    DeviceOption,
+    Folder,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    RevisionOption,
+    SetOption,
+    SizeOption,
+    Source,
+    TextOption,
+    TimeOption,
+    check_device,
+)
+from ternarize.printing import print_json, say_verdict, summarize_kept, table
+from ternarize.progress import Progress, duration, parse_duration, parse_size, size
+from ternarize.recipe import DEFAULT, Recipe
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder to write. Default: ./NAME-ternary.", show_default=False),
+    ] = None,
+    recipe: RecipeOption = DEFAULT,
+    setting: SetOption = None,
+    text: TextOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "cpu",
+    plan_only: Annotated[bool, typer.Option("--plan", help="Say what would be done, and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
+    time_budget: TimeOption = None,
+    target_size: SizeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a checkpoint ternary."""
+    from ternarize.conversion import convert as run
+
+    if plan_only:
+        plan(source, recipe, setting, text, target_size, revision, as_json)
+        return
+    check_device(device)
+    progress = Progress(quiet)
+    chosen = _recipe(source, recipe, setting, text, target_size, revision)
+    target = output or Path(f"{_short_name(source)}-ternary")
+    report = run(
+        source,
+        target,
+        chosen,
+        revision=revision,
+        device=device,
+        resume=resume,
+        force=force,
+        budget=None if time_budget is None else parse_duration(time_budget),
+        progress=progress,
+    )
+    verdict = report.run["verdict"]
+    if as_json:
+        print_json(json.loads(report.to_json()))
+        say_verdict(verdict, quietly=True)
+        return
+    data_free = [entry.name for entry in report.linears if entry.data_free]
+    if data_free and chosen.needs_statistics:
+        progress.say(
+            f"{len(data_free)} experts saw too few calibration tokens and were fitted without data, "
+            f"such as {data_free[0]}; more calibration.samples would reach them."
+        )
+    table(
+        [
+            ("source", source),
+            ("output", str(target)),
+            ("weight files", f"{size(report.source_bytes)} -> {size(report.output_bytes)}"),
+            ("bits per ternary weight", f"{report.bits_per_ternary_weight:.3f}"),
+            ("bits per weight, whole file", f"{report.bits_per_weight:.3f}"),
+            ("mean relative error", f"{report.mean_error:.4f}"),
+            ("time", duration(report.run["seconds"])),
+            ("peak memory", size(report.run["peak_memory"]) if report.run["peak_memory"] else "not known here"),
+        ]
+    )
+    say_verdict(verdict)
+    typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
+    typer.echo(f'      ternarize generate {target} "Once upon a time"')
+
+
+@app.command()
+def distill(
+    folder: Folder,
+    teacher: Annotated[str, typer.Option(help="What the folder was converted from.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    setting: SetOption = None,
+    text: TextOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted distillation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
+    time_budget: TimeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let a converted folder learn from its teacher, end to end. Runs under torchrun too."""
+    import torch.distributed as dist
+
+    from ternarize.refine import distill_again
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        quiet = quiet or dist.get_rank() > 0
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check_device(device)
+    try:
+        report = distill_again(
+            folder,
+            teacher,
+            output,
+            setting,
+            revision=revision,
+            text=text,
+            device=device,
+            resume=resume,
+            force=force,
+            budget=None if time_budget is None else parse_duration(time_budget),
+            progress=Progress(quiet),
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if report is None:
+        return
+    if as_json:
+        print_json(json.loads(report.to_json()))
+    else:
+        done = report.run["distill"]
+        table(
+            [
+                ("output", str(output)),
+                ("held-out KL to the teacher", f"{done['before']:.3f} -> {done['after']:.3f} nats a token"),
+                ("steps, tokens", f"{done['steps']}, {done['tokens']:,}"),
+                ("time", duration(done["seconds"])),
+            ]
+        )
+    say_verdict(report.run["verdict"], quietly=as_json)
+
+
+@app.command()
+def plan(
+    source: Source,
+    recipe: RecipeOption = DEFAULT,
+    setting: SetOption = None,
+    text: TextOption = None,
+    target_size: SizeOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a conversion would do, from config and headers alone."""
+    from ternarize.checkpoint import Checkpoint
+    from ternarize.plan import make_plan
+    from ternarize.sources import resolve
+
+    chosen = _recipe(source, recipe, setting, text, target_size, revision)
+    made = make_plan(Checkpoint(resolve(source, revision)), chosen)
+    if as_json:
+        print_json(made.to_dict())
+        return
+    share = made.ternary_weights / made.weights
+    table(
+        [
+            ("model", f"{made.model}, {made.block_count} blocks at {made.blocks}"),
+            ("ternary", f"{len(made.ternary)} linears, {made.ternary_weights:,} weights ({100 * share:.1f} %)"),
+            ("int8", ", ".join(f"{n} {list(shape)}" for n, shape in made.int8.items()) or "nothing"),
+            ("weight files", f"{size(made.source_bytes)} -> {size(made.output_bytes)}"),
+            ("peak memory", f"about {size(made.peak_memory)}"),
+            ("time", f"about {duration(made.seconds)}" + (", and the model's own text first" * made.writes_text)),
+        ]
+    )
+    typer.echo("\nStays float:")
+    for line in summarize_kept([(kept.name, kept.reason) for kept in made.kept]):
+        typer.echo(f"  {line}")
+
+
+def _recipe(
+    source: str,
+    recipe: str,
+    settings: list[str] | None,
+    text: list[str] | None,
+    target_size: str | None,
+    revision: str | None,
+) -> Recipe:
+    """The recipe that the options ask for."""
+    from ternarize.plan import budget_for_size
+
+    chosen = Recipe.load(recipe).with_settings(settings or []).with_text(text)
+    return chosen if target_size is None else budget_for_size(source, revision, chosen, parse_size(target_size))
+
+
+def _short_name(source: str) -> str:
+    return (
+        Path(source.removeprefix("sample:").rstrip("/")).stem
+        if source.endswith(".gguf")
+        else (source.removeprefix("sample:").rstrip("/").rpartition("/")[2])
+    )

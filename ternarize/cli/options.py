@@ -1,0 +1,78 @@
+"""Arguments and options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ternarize.errors import TernarizeError
+
+Source = Annotated[
+    str,
+    typer.Argument(help="A checkpoint's folder, a Hub id, a .gguf file, or sample:smollm2-135m.", show_default=False),
+]
+AnyFolder = Annotated[
+    str, typer.Argument(help="A folder that ternarize convert wrote, or any checkpoint.", show_default=False)
+]
+Folder = Annotated[Path, typer.Argument(help="A folder that ternarize convert wrote.", show_default=False)]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it
+    typer.Option("--set", help="Change one setting of the recipe: key=value, such as group_size=128. Repeatable."),
+]
+TextOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--text",
+        help="Text: self (the model writes its own), pydoc, a .jsonl or .txt file, or a Hub dataset "
+        "owner/name[:config[:split]]. Repeat for a mixture, NAME@WEIGHT for shares.",
+    ),
+]
+RevisionOption = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]  # noqa: UP045
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SizeOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--target-size",
+        help="Size of the weight files, such as 60MB: linears that hurt get more of it.",
+        show_default=False,
+    ),
+]
+TimeOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Time for all of it: 90s, 30m, 1h. What fit and tune leave is the distillation's.", show_default=False
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[str, typer.Option(help="Type of activations: float32, bfloat16 or float16.")]
+
+
+def check_device(device: str) -> None:
+    """Raise a TernarizeError where nothing can be computed on it."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TernarizeError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]} Try --device cpu."
+        ) from error
+
+
+def dtype_of(name: str) -> Any:
+    """A torch.dtype by name; a TernarizeError names those that there are."""
+    import torch
+
+    known: dict[str, Callable[[], Any]] = {
+        "float32": lambda: torch.float32,
+        "bfloat16": lambda: torch.bfloat16,
+        "float16": lambda: torch.float16,
+    }
+    if name not in known:
+        raise TernarizeError(f"dtype {name!r} is not one of {', '.join(known)}.")
+    return known[name]()
