@@ -33,7 +33,7 @@ ACTIVATIONS_VARIABLE = "TERNARIZE_ACTIVATIONS"
 ACTIVATIONS = ("int8", "float")
 REFERENCE = "torch"  # as a path's name: none, the reference computes
 LIBRARY = "libternarize.so"
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -42,6 +42,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tz_path_name": (ctypes.c_char_p, [_int]),
     "tz_path_supported": (_int, [_int]),
     "tz_cpu_features": (ctypes.c_char_p, []),
+    "tz_set_team": (None, [_pointer]),
     "tz_ternary_shape": (_pointer, [_int, _int64, _int64, _int64, _int]),
     "tz_int8_shape": (_pointer, [_int, _int64, _int64, _int64]),
     "tz_packed_bytes": (_int64, [_pointer]),
@@ -107,7 +108,17 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{file} cannot be loaded: {error}"
     if library.tz_abi() != ABI:
         return None, f"{file} belongs to another version of ternarize (interface {library.tz_abi()}, not {ABI})"
+    library.tz_set_team(_openmp())
     return library, str(file)
+
+
+def _openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch uses; None where it has another kind or none."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def paths() -> dict[str, bool]:

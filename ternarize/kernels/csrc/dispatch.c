@@ -131,7 +131,7 @@ static void multiply(void *context, int64_t first, int64_t last) {
     }
 }
 
-enum { CHUNK = 256, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19 };
+enum { CHUNK = 256, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19, MANY_TOKENS = 16 };
 
 /* A second thread costs some microseconds: below half a million products one is faster. */
 static int useful_threads(const tz_shape *s, int64_t tokens, int threads) {
@@ -151,8 +151,9 @@ static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, 
         p.y = (char *)y + token * s->rows * size;
         p.tokens.count = tokens - token < CHUNK ? tokens - token : CHUNK;
         threads = useful_threads(s, p.tokens.count, threads);
-        tz_run(prepare_tokens, &p, p.tokens.count, TOKEN_GRAIN, threads);
-        tz_run(multiply, &p, divide_up(s->rows, ROWS), 1, threads);
+        void (*const run)(tz_work, void *, int64_t, int64_t, int) = tokens < MANY_TOKENS ? tz_run : tz_run_team;
+        run(prepare_tokens, &p, p.tokens.count, TOKEN_GRAIN, threads);
+        run(multiply, &p, divide_up(s->rows, ROWS), 1, threads);
     }
     free(room);
     return 0;

@@ -13,7 +13,7 @@ extern "C" {
 #define TZ_API __attribute__((visibility("default")))
 
 /* Counts up whenever a signature here changes; the Python side refuses another one. */
-#define TZ_ABI 2
+#define TZ_ABI 3
 
 enum tz_dtype { TZ_FLOAT32 = 0, TZ_BFLOAT16 = 1, TZ_FLOAT16 = 2 };
 
@@ -29,6 +29,11 @@ TZ_API int tz_path_supported(int path);
 
 /* What was found that a path could use, separated by spaces. */
 TZ_API const char *tz_cpu_features(void);
+
+/* GOMP_parallel of the OpenMP library that the program uses: call work(context) on several threads, and wait for all.
+ * Products of many tokens run there once this is set, in this process and not in those that it forks; NULL: nowhere. */
+typedef void (*tz_team)(void (*work)(void *context), void *context, unsigned threads, unsigned flags);
+TZ_API void tz_set_team(tz_team team);
 
 /* A weight's shape, as one path lays it out. `columns` is I, `group` is S (the last group may be short).
  * NULL where there is no memory; free with tz_free_shape. */

@@ -5,6 +5,8 @@
  * because the next linear of a model follows soon. */
 #include "threads.h"
 
+#include "ternarize.h"
+
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -36,7 +38,11 @@ static struct {
 };
 
 /* A forked child has none of its parent's helpers, and may have copied locks that nobody will open. */
+static tz_team _Atomic team;
+
+/* OpenMP does not outlive a fork either. */
 static void start_afresh(void) {
+    team = NULL;
     pthread_mutex_init(&pool.taken, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.begun, NULL);
@@ -45,7 +51,12 @@ static void start_afresh(void) {
     pool.helpers = pool.seats = pool.inside = 0;
 }
 
-static void watch_forks(void) { pthread_atfork(NULL, NULL, start_afresh); }
+static void register_watch(void) { pthread_atfork(NULL, NULL, start_afresh); }
+
+static void watch_forks(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_watch);
+}
 
 static void work_on(job *j) {
     for (;;) {
@@ -137,16 +148,41 @@ static void share(job *j, int helpers) {
     pthread_mutex_unlock(&pool.lock);
 }
 
+static job divide(tz_work work, void *context, int64_t total, int64_t grain, int threads) {
+    const int64_t parts = 4 * (int64_t)threads;               /* so that a thread that is held up delays little */
+    return (job){work, context, total, (total / parts / grain + 1) * grain, 0};
+}
+
 void tz_run(tz_work work, void *context, int64_t total, int64_t grain, int threads) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, watch_forks);
+    watch_forks();
     if (threads <= 1 || total <= grain || pthread_mutex_trylock(&pool.taken)) {
         work(context, 0, total);
         return;
     }
-    const int64_t parts = 4 * (int64_t)threads;               /* so that a thread that is held up delays little */
-    const int64_t part = (total / parts / grain + 1) * grain;
-    job j = {work, context, total, part, 0};
+    job j = divide(work, context, total, grain, threads);
     share(&j, threads - 1);
     pthread_mutex_unlock(&pool.taken);
+}
+
+/* -- OpenMP's threads ----------------------------------------------------------------------------------------------
+ *
+ * After each of its operations that used several threads, torch's wait for the next one without sleeping. Beside them a
+ * pool of ours would have half of the cores, so that where products alternate with torch's operations they take turns
+ * on the same threads. */
+
+void tz_set_team(tz_team wanted) {
+    watch_forks();
+    team = wanted;
+}
+
+static void work_in_team(void *j) { work_on(j); }
+
+void tz_run_team(tz_work work, void *context, int64_t total, int64_t grain, int threads) {
+    const tz_team parallel = team;
+    if (!parallel || threads <= 1 || total <= grain) {
+        tz_run(work, context, total, grain, threads);
+        return;
+    }
+    job j = divide(work, context, total, grain, threads);
+    parallel(work_in_team, &j, (unsigned)threads, 0);
 }
