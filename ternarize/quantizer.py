@@ -25,7 +25,7 @@ from ternarize.checkpoint import find_shards, read_header
 from ternarize.errors import FormatError, TernarizeError
 from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
 from ternarize.kernels import cpu
-from ternarize.swap import check_packed_modules, dequantize_modules, replace_float_modules, run_natively
+from ternarize.swap import check_packed_modules, dequantize_modules, lay_out, replace_float_modules, run_natively
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -75,6 +75,7 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
         check_packed_modules(model)
         model.requires_grad_(False)  # so that products run natively outside of torch.no_grad() too
         run_natively(model)
+        lay_out(model)
         _say_what_is_missing()
         return model
 

@@ -17,6 +17,7 @@ from ternarize.architecture import (
 )
 from ternarize.errors import FormatError
 from ternarize.format import Layout
+from ternarize.mapped import MappedFiles
 from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, TiedInt8Head
 
 
@@ -38,6 +39,18 @@ def run_natively(model: nn.Module, activations: str | None = None) -> None:
         if isinstance(module, (TernaryLinear, Int8Head, TiedInt8Head)):
             module.activations = kind
     decoder.attach(model)
+
+
+def lay_out(model: nn.Module) -> None:
+    """Lay the linears of a model that was just loaded out for this processor.
+
+    The pages that hold them in the file's form are given back: saving, and what is not computed natively, reads them
+    from the file again.
+    """
+    files = MappedFiles()
+    for module in model.modules():
+        if isinstance(module, TernaryLinear) and not module.weight.is_meta and module.pack() is not None:
+            files.give_back(module.weight)
 
 
 def replace_float_modules(model: nn.Module, layout: Layout) -> None:

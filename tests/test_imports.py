@@ -32,6 +32,7 @@ ORDER = (
     "checkpoint",
     "sources",
     "architecture",
+    "mapped",
     "kernels",
     "runtime",
     "decoder",
