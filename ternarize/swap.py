@@ -42,15 +42,20 @@ def run_natively(model: nn.Module, activations: str | None = None) -> None:
 
 
 def lay_out(model: nn.Module) -> None:
-    """Lay the linears of a model that was just loaded out for this processor.
+    """Lay a model that was just loaded out for this processor: linears in its path's form, int8 tables in large pages.
 
-    The pages that hold them in the file's form are given back: saving, and what is not computed natively, reads them
-    from the file again.
+    The pages of the files are given back: saving, and what is not computed natively, reads linears from there again.
     """
-    files = MappedFiles()
-    for module in model.modules():
+    files, modules = MappedFiles(), list(model.modules())
+    for module in modules:  # first, because each is in memory twice for a moment
+        if isinstance(module, (Int8Embedding, Int8Head)) and kernels.native() and module.weight.device.type == "cpu":
+            table = module.weight
+            module.weight = kernels.allocate(table.numel()).view(table.shape).copy_(table)
+            files.give_back(table)
+    for module in modules:
         if isinstance(module, TernaryLinear) and not module.weight.is_meta and module.pack() is not None:
             files.give_back(module.weight)
+            kernels.trim()
 
 
 def replace_float_modules(model: nn.Module, layout: Layout) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import TernarizeError
+from ternarize.kernels.memory import allocate
 from ternarize.packing import int8_row_bytes
 
 CPU_VARIABLE = "TERNARIZE_CPU"
@@ -280,7 +281,7 @@ class PackedTernary:
         self.path, self.rows, self.group_size, self.has_shift = path, trits.shape[0], group_size, shift is not None
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.shape = _shape(path.index, True, self.rows, in_features, group_size, self.has_shift)
-        self.packed = torch.empty(path.library.tz_packed_bytes(self.shape), dtype=torch.uint8)
+        self.packed = allocate(path.library.tz_packed_bytes(self.shape))
         self._product = path.library.tz_ternary_linear
         trits, scale = trits.contiguous(), scale.contiguous()
         shift = None if shift is None else shift.contiguous()

@@ -33,7 +33,7 @@ static inline ivec join(const ivec *sums, int chains) {
 }
 #endif
 
-enum { LANES = 16, CACHE_LINE = 64, AHEAD = 2048 };
+enum { LANES = 16, CACHE_LINE = 64, AHEAD = 6144 };
 
 /* -- activations ------------------------------------------------------------------------------------------------ */
 
