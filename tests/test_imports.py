@@ -55,6 +55,7 @@ ORDER = (
     "workspace",
     "refine",
     "conversion",
+    "publish",
     "plot",
     "printing",
     "cli",
