@@ -133,7 +133,7 @@ def model_card(report: Report, layout: Layout, recipe: str) -> str:
 
 
 def _metadata(report: Report, name: str) -> ModelCardData:
-    base = report.base
+    base, results = report.base, _results(report)
     return ModelCardData(
         base_model=base.get("name"),
         base_model_relation="quantized" if "name" in base else None,
@@ -144,8 +144,8 @@ def _metadata(report: Report, name: str) -> ModelCardData:
         language=base.get("language"),
         pipeline_tag="text-generation",
         tags=["ternarize", "ternary"],
-        model_name=name,
-        eval_results=_results(report) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
     )
 
 

@@ -30,6 +30,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
+from yaml import YAMLError
 
 from ternarize.checkpoint import INDEX_FILE, SINGLE_FILE, find_shards, read_header
 from ternarize.errors import TernarizeError
@@ -192,7 +193,7 @@ def _addressed(path: Path, repo: str, base: str | None) -> str:
     try:
         text = path.read_text(encoding="utf-8").replace(PLACE, repo)
         card = ModelCard(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise TernarizeError(f"{path}: its metadata, between the lines of ---, cannot be read: {error}") from error
     if base is None:
         return text

@@ -1,7 +1,8 @@
 """A small Hub over HTTP on loopback: what `huggingface_hub` asks to create, fill and read a model repository.
 
 Answers are in the shapes that the real client reads; weights go through the LFS endpoints. `Hub.trouble` lets a test
-break requests: it sees (method, path) and returns a status to answer with, "hang up" to close the connection, or None.
+break requests: it sees (method, path) and returns a status to answer with, "hang up" to close the connection,
+"lose the answer" to do what was asked and then close it, or None.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     state: Hub
+    mute = False
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -88,9 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         self.state.requests.append((self.command, path))
         broken = self.state.trouble(self.command, path)
-        if broken == "hang up":
+        if broken in ("hang up", "lose the answer"):
+            self.mute = True
+            if broken == "lose the answer":
+                self._route(path, body)
             self.close_connection = True
-            self.connection.close()
         elif broken is not None:
             self._send(int(broken), {"error": "out of order"})
         else:
@@ -107,6 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _send(self, status: int, value: Any = None, headers: dict[str, str] | None = None) -> None:
+        if self.mute:
+            return
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         for name, text in ({"Content-Length": str(len(content))} | (headers or {})).items():

@@ -27,6 +27,7 @@ from ternarize.cli.options import (
     command_line,
 )
 from ternarize.cli.sharing import send
+from ternarize.errors import TernarizeError
 from ternarize.printing import print_json, say_verdict, summarize_kept, table
 from ternarize.progress import Progress, duration, parse_duration, parse_size, size
 from ternarize.recipe import DEFAULT, Recipe
@@ -67,6 +68,8 @@ def convert(
     check_device(device)
     if push is not None:
         check_access(push)
+    elif private:
+        raise TernarizeError("--private says how to --push, which is not there.")
     progress = Progress(quiet)
     chosen = _recipe(source, recipe, setting, text, target_size, revision)
     target = output or Path(f"{_short_name(source)}-ternary")
@@ -83,6 +86,8 @@ def convert(
         command=command_line(),
     )
     verdict = report.run["verdict"]
+    if push is not None and verdict["word"] == "collapsed":
+        progress.say(f"not pushed to {push}, because the model has collapsed.")
     if as_json:
         print_json(json.loads(report.to_json()))
         say_verdict(verdict, quietly=True)
