@@ -171,6 +171,8 @@ def _results(report: Report) -> list[EvalResult]:
         ):
             if _known(row[metric]):
                 found.append(result(row["text"], metric, name, row[metric]))
+    for row in report.run.get("tasks", []):
+        found.append(result(row["task"], row["metric"], f"{row['metric']}, {row['items']} items", row["score"]))
     return found
 
 
@@ -202,12 +204,14 @@ def _quality(report: Report) -> str:
     """What was measured on texts and tasks; the gate's comparison where nothing else was."""
     rows = report.run.get("evaluation")
     gate = report.run.get("verdict", {}).get("evaluation")
-    if not rows and gate:
+    if not rows and gate and "tasks" not in report.run:
         note = (
             "On text like the calibration's, that nothing was fitted to; `ternarize evaluate` measures on other text."
         )
         return f"{quality_table([gate])}\n\n{note}"
+    tasks = report.run.get("tasks")
     parts = [quality_table(rows)] if rows else []
+    parts += [task_table(tasks)] if tasks else []
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -244,3 +248,14 @@ def quality_table(evaluation: list[dict[str, Any]]) -> str:
         agreement = "" if row["agreement"] is None else f"{100 * row['agreement']:.1f} %"
         lines.append(f"| {row['text']} | {row['tokens']:,} | {teacher} | {perplexity} | {kl} | {agreement} |")
     return "\n".join(lines)
+
+
+def task_table(tasks: list[dict[str, Any]]) -> str:
+    """Markdown rows of the tasks' scores by lm-eval."""
+    lines = ["| task | items | metric | teacher | this model | guessing |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in tasks:
+        percent = [f"{100 * row[key]:.1f} %" if row[key] is not None else "" for key in ("teacher", "score", "chance")]
+        if row["stderr"] is not None:
+            percent[1] += f" (standard error {100 * row['stderr']:.1f})"
+        lines.append(f"| {row['task']} | {row['items']:,} | {row['metric']} | {' | '.join(percent)} |")
+    return "\n".join([*lines, "", f"Scored by lm-eval {tasks[-1]['lm_eval']}, without examples in the prompt."])

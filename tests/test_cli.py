@@ -61,8 +61,9 @@ def test_flags_are_frozen() -> None:
         ],
         "plan": ["--json", "--recipe", "--revision", "--set", "--target-size", "--text", "-r", "source"],
         "evaluate": [
-            "--activations", "--device", "--dtype", "--json", "--length", "--no-save", "--quiet", "--revision",
-            "--save", "--teacher", "--text", "--windows", "-q", "folder",
+            "--activations", "--batch-size", "--device", "--dtype", "--items", "--json", "--length", "--no-save",
+            "--quiet", "--revision", "--save", "--task-data", "--tasks", "--teacher", "--text", "--windows", "-q",
+            "folder",
         ],
         "generate": [
             "--chat", "--device", "--dtype", "--revision", "--seed", "--temperature", "--tokens", "-n", "folder",

@@ -49,6 +49,7 @@ ORDER = (
     "ending",
     "hub",
     "evaluate",
+    "tasks",
     "speed",
     "budget",
     "gate",
