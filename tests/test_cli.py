@@ -79,6 +79,10 @@ def test_flags_are_frozen() -> None:
             "--device", "--force", "--json", "--output", "--quiet", "--resume", "--revision", "--set", "--teacher",
             "--text", "--time-budget", "-o", "-q", "folder",
         ],
+        "chat": [
+            "--device", "--dtype", "--revision", "--seed", "--system", "--temperature", "--tokens", "-n", "folder",
+        ],
+        "serve": ["--device", "--dtype", "--host", "--port", "--revision", "folder"],
         "push": [
             "--base", "--dry-run", "--force", "--json", "--private", "--quiet", "--revision", "-q", "folder", "repo",
         ],
@@ -107,7 +111,7 @@ def test_help_names_every_command_and_exit_code(run: Run) -> None:
         assert word in out
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "evaluate", "generate", "inspect", "push"])
+@pytest.mark.parametrize("command", ["convert", "plan", "evaluate", "generate", "inspect", "push", "chat", "serve"])
 def test_every_option_has_help(command: str) -> None:
     parameters = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     assert all(parameter.help for parameter in parameters), [p.name for p in parameters if not p.help]

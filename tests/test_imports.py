@@ -57,6 +57,7 @@ ORDER = (
     "refine",
     "conversion",
     "publish",
+    "chat",
     "plot",
     "printing",
     "cli",
