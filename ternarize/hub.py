@@ -189,7 +189,7 @@ def _words(layout: Layout) -> tuple[str, str, str]:
     return (
         formula,
         f"one {sides} of {bits} for each {where}",
-        f"trits, {'scales and shifts' if layout.shift else 'scales'}",
+        "trits, scales and shifts" if layout.shift else "trits and scales",
     )
 
 

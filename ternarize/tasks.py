@@ -166,26 +166,38 @@ def score_tasks(
     bars = progress is not None and not progress.quiet and sys.stderr.isatty()
     with contextlib.nullcontext() if bars else contextlib.redirect_stderr(io.StringIO()):  # lm-eval's bars ask nobody
         found: Any = evaluate(scorer, wanted, limit=items, bootstrap_iters=0, log_samples=False)
-    grouped = {child for children in wanted["group_map"].values() for child in children}
-    rows = [name for name in found["results"] if name in names or name not in grouped]
-    return [_score(name, found, wanted["tasks"].get(name), items, installed) for name in rows]
+    values = {name: _values(found["results"].get(name, {})) for name in (*names, *wanted["tasks"])}
+    members = {name: [task.task_name for task in group.get_all_tasks()] for name, group in wanted["groups"].items()}
+    shown = [name for name in names if values[name]]  # a group's mean, where it has one, stands for its tasks
+    covered = {task for name in shown for task in members.get(name, [])}
+    shown += [name for name in wanted["tasks"] if name not in covered and name not in shown]
+    scores = []
+    for name in shown:
+        metric = next((metric for metric in METRICS if metric in values[name]), None) or next(iter(values[name]))
+        count = sum(found["n-samples"][task]["effective"] for task in members.get(name, [name]))
+        chance = _chance(wanted["tasks"].get(name), count)
+        score = values[name][metric]
+        stderr = math.sqrt(score * (1 - score) / max(1, count - 1)) if metric in METRICS else None
+        scores.append(Score(name, metric, count, score, stderr, chance, installed))
+    return scores
 
 
-def _score(name: str, found: Any, task: Any, items: int | None, installed: str) -> Score:
-    values = {
-        key.partition(",")[0]: float(value)
-        for key, value in reversed(found["results"][name].items())  # the first of several filters stays
-        if "," in key and "_stderr" not in key and isinstance(value, (int, float))
-    }
-    metric = next((metric for metric in METRICS if metric in values), None) or next(reversed(values))
-    counts = found["n-samples"]
-    count = counts[name]["effective"] if name in counts else sum(c["effective"] for c in counts.values())
-    score, chance = values[metric], None
-    if task is not None and task.OUTPUT_TYPE == "multiple_choice":
-        documents = list(task.eval_docs)[:items]
-        chance = sum(1 / len(task.doc_to_choice(document)) for document in documents) / len(documents)
-    stderr = math.sqrt(score * (1 - score) / max(1, count - 1)) if metric in METRICS else None
-    return Score(name, metric, count, score, stderr, chance, installed)
+def _values(results: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's figures of one task by metric; of several filters' the first one's."""
+    values: dict[str, float] = {}
+    for key, value in results.items():
+        metric, comma, _ = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            values.setdefault(metric, float(value))
+    return values
+
+
+def _chance(task: Any, count: int) -> float | None:
+    """What guessing scores on the first `count` items of a task with choices."""
+    if task is None or task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    documents = list(task.eval_docs)[:count]
+    return sum(1 / len(task.doc_to_choice(document)) for document in documents) / len(documents)
 
 
 def _load(names: list[str], data: Path | None, items: int | None) -> Any:
@@ -213,12 +225,8 @@ def _load(names: list[str], data: Path | None, items: int | None) -> Any:
             f"lm-eval cannot load {', '.join(others)}: {reason} Check the connection, "
             "or give --task-data a folder with the tasks' files."
         ) from error
-    return loaded | {"tasks": {name: local.get(name) or loaded["tasks"].get(name) for name in _flat(names, loaded)}}
-
-
-def _flat(names: list[str], loaded: Any) -> list[str]:
-    """Task names in the order that was asked for; what a group or tag stands for comes after."""
-    return [*(n for n in names if n not in loaded["groups"]), *(n for n in loaded["tasks"] if n not in names)]
+    tasks = local | loaded["tasks"]
+    return loaded | {"tasks": {name: tasks[name] for name in names if name in tasks} | tasks}
 
 
 def _file_of(name: str, data: Path | None) -> Path | None:

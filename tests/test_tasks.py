@@ -25,6 +25,7 @@ from ternarize.tasks import Score, evaluate_tasks
 Run = Callable[..., tuple[int, str, str]]
 OWN = """\
 task: own
+tag: mine
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {items}}}}}
 test_split: test
@@ -46,6 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "piqa_valid.jsonl").write_text("".join(json.dumps(item) + "\n" for item in piqa))
     (folder / "items.json").write_text("".join(json.dumps(item) + "\n" for item in own))
     (folder / "own.yaml").write_text(OWN.format(items=folder / "items.json"))
+    (folder / "all.yaml").write_text("group: all\ntask: [own]\naggregate_metric_list: [{metric: acc}]\n")
+    (folder / "loose.yaml").write_text("group: loose\ntask: [own]\n")
     return folder
 
 
@@ -93,13 +96,25 @@ def test_perfect_scores_are_counted(llama: Path, data: Path, tmp_path: Path) -> 
         assert score(llama, tmp_path, "piqa")[0].score == 1 - wrong
 
 
-def test_unknown_task_is_answered_with_the_nearest(llama: Path, data: Path) -> None:
+def test_groups_and_tags_stand_for_their_tasks(llama: Path, data: Path) -> None:
+    (own,) = score(llama, data, "own")
+    for name, shown in (("mine", "own"), ("loose", "own"), ("all", "all")):
+        found, piqa = sorted(score(llama, data, "piqa", name), key=lambda row: row.task == "piqa")
+        assert (found.task, found.metric, found.items, found.score) == (shown, "acc", 9, own.score)
+        assert piqa.task == "piqa"
+
+
+def test_unknown_task_is_answered_with_the_nearest(llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TernarizeError, match=r"neither arc_eazy\.yaml nor items of a task 'arc_eazy'.*'arc_easy'"):
         score(llama, data, "arc_eazy")
     with pytest.raises(TernarizeError, match=r"has neither arc_easy\.yaml"):
         score(llama, data, "arc_easy")
-    with pytest.raises(TernarizeError, match=r"lm-eval has no task 'hellaswagg'\. Did you mean 'hellaswag'"):
-        score(llama, None, "hellaswagg")
+    from lm_eval import tasks
+
+    few = tasks.TaskManager(include_path=data, include_defaults=False)  # lm-eval's own take half a minute to list
+    monkeypatch.setattr(tasks, "TaskManager", lambda **_: few)
+    with pytest.raises(TernarizeError, match=r"lm-eval has no task 'owm'\. Did you mean 'own'"):
+        score(llama, None, "owm")
 
 
 def test_what_cannot_be_read_is_said(llama: Path, data: Path, tmp_path: Path, run: Run) -> None:
