@@ -102,7 +102,7 @@ def model_card(report: Report, layout: Layout, recipe: str) -> str:
         recipe: recipe.yaml's text.
     """
     base = report.base.get("name")
-    name = (base or report.source).rstrip("/").rpartition("/")[2]
+    name = (base or report.source.removeprefix("sample:")).rstrip("/").rpartition("/")[2]
     formula, levels, parts = _words(layout)
     return CARD.format(
         metadata=_metadata(report, f"{name}, ternary").to_yaml(),

@@ -142,7 +142,7 @@ def publish(parcel: Parcel, progress: Progress, force: bool = False) -> str:
     with _explained(repo, "Nothing was sent."):
         _refuse_reader(api.whoami())
         api.create_repo(repo, private=parcel.private, exist_ok=True)
-    unchanged = f"Nothing is visible in {repo} that was not there before; run the same command again to go on."
+    unchanged = f"{repo} shows no file that was not there before; run the same command again to go on."
     with _explained(repo, unchanged):
         there = api.model_info(repo)
         if parcel.private and not there.private:
@@ -150,10 +150,12 @@ def publish(parcel: Parcel, progress: Progress, force: bool = False) -> str:
                 f"{repo} exists and is public, so --private cannot be kept. Nothing was sent. "
                 "Make it private in its settings on the Hub, or choose another name."
             )
+        held = set(api.list_repo_files(repo))
+        _refuse_others(repo, held, force)
         if parcel.revision is not None:
             api.create_branch(repo, branch=parcel.revision, exist_ok=True)
-        held = set(api.list_repo_files(repo, revision=parcel.revision))
-        _refuse_others(repo, held, force)
+            held = set(api.list_repo_files(repo, revision=parcel.revision))
+            _refuse_others(repo, held, force)
         operations = _operations(parcel, held)
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         progress.say(f"sending {len(additions)} files, {size(sum(parcel.sizes.values()))}, to {repo}")

@@ -190,7 +190,10 @@ def test_somebody_elses_files_are_kept_unless_forced(ternary: Path, hub: Hub) ->
     hub.create(REPO, **{"config.json": b"{}", WEIGHTS: b"float"})
     with pytest.raises(TernarizeError, match=r"holds something that ternarize did not push, such as config\.json"):
         push(ternary)
+    with pytest.raises(TernarizeError, match="holds something"):
+        push(ternary, revision="dev")
     assert hub.repos[REPO].files()[WEIGHTS] == b"float"
+    assert set(hub.repos[REPO].branches) == {"main"}
     assert not sent(hub)
     push(ternary, force=True)
     assert hub.repos[REPO].files()[WEIGHTS] == (ternary / WEIGHTS).read_bytes()

@@ -26,7 +26,6 @@ from ternarize.cli.options import (
     check_device,
     command_line,
 )
-from ternarize.cli.sharing import send
 from ternarize.errors import TernarizeError
 from ternarize.printing import print_json, say_verdict, summarize_kept, table
 from ternarize.progress import Progress, duration, parse_duration, parse_size, size
@@ -59,6 +58,7 @@ def convert(
     quiet: QuietOption = False,
 ) -> None:
     """Make a checkpoint ternary."""
+    from ternarize.cli.sharing import send
     from ternarize.conversion import convert as run
     from ternarize.publish import check_access
 

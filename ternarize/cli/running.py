@@ -108,9 +108,10 @@ def serve(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Answer over HTTP as OpenAI's API does, by transformers' own server, until Ctrl-C.
+    """Answer over HTTP as OpenAI's API does.
 
-    Needs pip install 'ternarize[serve]'. The API is at http://HOST:PORT/v1; the model's name is the folder.
+    By transformers' own server, until Ctrl-C. Needs pip install 'ternarize[serve]'. The API is at
+    http://HOST:PORT/v1, and the model is called as it was given here.
     """
     from huggingface_hub import constants
     from transformers.utils.import_utils import is_serve_available

@@ -32,9 +32,10 @@ def push(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Put a folder on the Hugging Face Hub, in one commit: all of it, or nothing that is visible.
+    """Put a folder on the Hugging Face Hub.
 
-    Needs a token that may write: hf auth login, or HF_TOKEN. Run again after an interruption, it goes on.
+    One commit shows all of it, or nothing is visible. Needs a token that may write: hf auth login, or HF_TOKEN. Run
+    again after an interruption, it goes on.
     """
     from ternarize.publish import prepare, publish
 
