@@ -52,7 +52,7 @@ from ternarize.recipe import DEFAULT, Recipe
 from ternarize.refine import distill_folder
 from ternarize.report import RECIPE_FILE, LinearReport, Report, peak_memory, versions
 from ternarize.runtime import TernaryLinear
-from ternarize.sources import resolve
+from ternarize.sources import describe, resolve
 from ternarize.text import calibration_windows, fingerprint, load_tokenizer
 from ternarize.workspace import ENDING, OUTSIDE, Workspace, arguments
 
@@ -83,6 +83,7 @@ def convert(
     force: bool = False,
     budget: float | None = None,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> Report:
     """Convert a checkpoint to ternary.
 
@@ -97,6 +98,7 @@ def convert(
         force: replace what is at `output`, once the new folder is complete, and forget an interrupted conversion.
         budget: seconds for all of it; the distillation, where the recipe has one, gets what fit and tune leave.
         progress: where messages go.
+        command: what the user typed, for the report and the card.
 
     Returns:
         The report, also written to output/report.json.
@@ -126,7 +128,7 @@ def convert(
             )
         student = load_any(work.final, device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
-    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory())
+    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory(), commands=[command] if command else [])
     hub.save_report(work.final, report)
     work.publish()
     return report
@@ -361,6 +363,7 @@ def _assemble(job: _Job, parts: list[str], layout: Layout, entries: list[LinearR
         output_bytes=output_bytes,
         data=data,
         versions=versions(),
+        base=describe(job.source, job.checkpoint.folder),
     )
     facts = {"source": job.source, "revision": job.revision, **report.versions, **report.data}
     header = "".join(f"# {key}: {value}\n" for key, value in facts.items())

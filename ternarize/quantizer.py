@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -192,6 +193,27 @@ def load(
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TernarizeError(f"{folder}: transformers cannot load it: {reason} Check the path.") from error
+
+
+def check_folder(folder: Path) -> None:
+    """The strict check of a ternarize folder from its files' headers; no weight is read.
+
+    Raises:
+        FormatError: not a ternarize folder, or names, shapes or types that are not what config.json promises.
+        TernarizeError: a file is missing or truncated.
+    """
+    if quant_method(folder) != QUANT_METHOD:
+        raise FormatError(f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config.")
+    shards = [str(shard) for shard in find_shards(folder)]
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise FormatError(f"{folder / 'config.json'}: transformers cannot build its model: {error}") from error
+    _eager_experts(model)
+    replace_float_modules(model, Layout.from_config(config.quantization_config))
+    check_names(model, shards)
 
 
 def quant_method(folder: Path) -> str | None:

@@ -87,6 +87,7 @@ def distill_again(
     force: bool = False,
     budget: float | None = None,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> Report | None:
     """Distil a finished ternarize folder into a new one, by its own recipe with `settings` applied.
 
@@ -95,7 +96,7 @@ def distill_again(
         source: what it was converted from.
         output: the folder to write.
         settings: `key=value` for the recipe, such as "distill.epochs=2"; one epoch where the recipe has none.
-        revision, text, device, resume, force, progress: as in `convert`.
+        revision, text, device, resume, force, progress, command: as in `convert`.
         budget: seconds.
 
     Returns:
@@ -130,7 +131,10 @@ def distill_again(
     student = load_any(work.final, device, torch.float32)
     report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, None).to_dict()
     report.run.update(seconds=round(report.run["seconds"] + work.spent(), 1), peak_memory=peak_memory())
-    report.run.pop("evaluation", None)  # of the student before
+    for measured in ("evaluation", "tasks"):
+        report.run.pop(measured, None)  # of the student before
+    if command:
+        report.run["commands"] = [*report.run.get("commands", []), command]
     write_text(work.final / RECIPE_FILE, recipe.to_yaml())
     hub.save_report(work.final, report)
     work.publish()

@@ -60,7 +60,9 @@ class Report:
         source_bytes, output_bytes: of the weight files.
         data: calibration sources, windows, tokens and the fingerprint of the token ids.
         versions: of the packages that computed.
-        run: what differs from run to run: seconds, peak_memory in bytes, command.
+        base: of the source, for the card: what `sources.describe` found.
+        run: what differs from run to run, or came later: seconds, peak_memory in bytes, commands as typed, evaluation,
+            tasks.
     """
 
     source: str
@@ -77,6 +79,7 @@ class Report:
     output_bytes: int
     data: dict[str, Any]
     versions: dict[str, str]
+    base: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -313,6 +313,10 @@ class TiedInt8Head(nn.Module):
         """The embedding's table; some models look at it while transformers initializes them."""
         return self.embedding.weight
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Nothing: `model.tie_weights()` puts the table here that the head reads from the embedding anyway."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
         table = self.embedding.weight.to(x.device)

@@ -18,8 +18,11 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
 
 from ternarize.errors import TernarizeError
 from ternarize.progress import quiet_transformers
@@ -89,6 +92,33 @@ def resolve(source: str, revision: str | None = None) -> Path:
             f"{source!r}: no such folder. Give a checkpoint's folder, a Hub id, a .gguf or sample:NAME."
         )
     return _from_hub(source, revision)
+
+
+def describe(source: str, folder: Path) -> dict[str, Any]:
+    """What a model card has to say of a source, as the source's own card says it; nothing is fetched.
+
+    Args:
+        source, folder: what `resolve` was given, and what it gave.
+
+    Returns:
+        {"name": on the Hub, "license", "license_name", "license_link", "language", "gated": True}; what is not known
+        is absent.
+    """
+    sample = SAMPLES.get(source.removeprefix("sample:"))
+    if sample is not None:
+        return {"name": sample.base_model, "license": sample.license}
+    try:
+        front: dict[str, Any] = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, YAMLError):  # a card is a courtesy: a missing or odd one stops nothing
+        front = {}
+    known = {key: front[key] for key in ("license", "license_name", "license_link", "language") if front.get(key)}
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        name = front.get("base_model")
+    else:
+        name = None if path.exists() or source.startswith((".", "/", "~")) else source
+    gated = any(key.startswith("extra_gated") for key in front)
+    return ({"name": name} if name else {}) | known | ({"gated": True} if gated else {})
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
@@ -179,9 +209,10 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
                 dtype=torch.bfloat16,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        pre_tokenizer = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+        fields = GGUFReader(gguf).fields
     except (ValueError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
         raise TernarizeError(f"{gguf}: transformers cannot read this GGUF file: {error}") from error
+    pre_tokenizer = fields.get("tokenizer.ggml.pre")
     if pre_tokenizer is not None and pre_tokenizer.contents() == "smollm":
         # transformers gives every BPE GGUF one pre-tokenizer; SmolLM splits numbers into digits.
         from tokenizers import pre_tokenizers
@@ -195,9 +226,25 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_gguf_card(fields), encoding="utf-8")
         os.replace(partial, folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have finished first
             raise TernarizeError(f"{folder}: cannot write the dequantized model: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _gguf_card(fields: dict[str, Any]) -> str:
+    """The metadata of a GGUF file that a model card has too: licence, and the repository that it was made from."""
+    found = {name: str(field.contents()) for name, field in fields.items() if name.startswith("general.")}
+    urls = [found.get(f"general.{name}", "") for name in ("source.repo_url", "base_model.0.repo_url")]
+    hub = "https://huggingface.co/"
+    repo = next((url.removeprefix(hub) for url in urls if url.startswith(hub)), None)
+    data = ModelCardData(
+        base_model=found.get("general.source.huggingface.repository", repo),
+        license=found.get("general.license"),
+        license_name=found.get("general.license.name"),
+        license_link=found.get("general.license.link"),
+    )
+    return f"---\n{data.to_yaml()}\n---\n"

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _CACHE = Path(tempfile.mkdtemp(prefix="ternarize-tests-"))
 os.environ |= {
@@ -34,7 +36,7 @@ import torch
 from tiny import make_checkpoint, make_recipe, make_text
 from transformers.utils import logging
 
-from ternarize import Recipe
+from ternarize import Recipe, cli
 from ternarize.conversion import convert
 from ternarize.kernels import cpu
 from ternarize.progress import Progress
@@ -90,3 +92,20 @@ def path(request: pytest.FixtureRequest) -> Iterator[cpu.Native]:
     with cpu.using(request.param) as native:
         assert native is not None
         yield native
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Call the command line: (exit code, standard output, standard error)."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ternarize", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.run()
+            code: Any = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return code, *capfd.readouterr()
+
+    return call

@@ -34,23 +34,6 @@ COMMAND = [sys.executable, "-m", "ternarize.cli"]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Call the command line: (exit code, standard output, standard error)."""
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ternarize", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.run()
-            code: Any = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return code, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
 def settings(text: Path) -> list[str]:
     """The session's recipe as options."""
     changes = {"grid": "dlt", "group_size": 12, "int8_group_size": 20}
@@ -73,13 +56,14 @@ def test_flags_are_frozen() -> None:
     }
     assert found == {
         "convert": [
-            "--device", "--force", "--json", "--output", "--plan", "--quiet", "--recipe", "--resume", "--revision",
-            "--set", "--target-size", "--text", "--time-budget", "-o", "-q", "-r", "source",
+            "--device", "--force", "--json", "--output", "--plan", "--private", "--push", "--quiet", "--recipe",
+            "--resume", "--revision", "--set", "--target-size", "--text", "--time-budget", "-o", "-q", "-r", "source",
         ],
         "plan": ["--json", "--recipe", "--revision", "--set", "--target-size", "--text", "-r", "source"],
         "evaluate": [
-            "--activations", "--device", "--dtype", "--json", "--length", "--no-save", "--quiet", "--revision",
-            "--save", "--teacher", "--text", "--windows", "-q", "folder",
+            "--activations", "--batch-size", "--device", "--dtype", "--items", "--json", "--length", "--no-save",
+            "--quiet", "--revision", "--save", "--task-data", "--tasks", "--teacher", "--text", "--windows", "-q",
+            "folder",
         ],
         "generate": [
             "--chat", "--device", "--dtype", "--revision", "--seed", "--temperature", "--tokens", "-n", "folder",
@@ -94,6 +78,13 @@ def test_flags_are_frozen() -> None:
         "distill": [
             "--device", "--force", "--json", "--output", "--quiet", "--resume", "--revision", "--set", "--teacher",
             "--text", "--time-budget", "-o", "-q", "folder",
+        ],
+        "chat": [
+            "--device", "--dtype", "--revision", "--seed", "--system", "--temperature", "--tokens", "-n", "folder",
+        ],
+        "serve": ["--device", "--dtype", "--host", "--port", "--revision", "folder"],
+        "push": [
+            "--base", "--dry-run", "--force", "--json", "--private", "--quiet", "--revision", "-q", "folder", "repo",
         ],
     }  # fmt: skip
 
@@ -120,7 +111,7 @@ def test_help_names_every_command_and_exit_code(run: Run) -> None:
         assert word in out
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "evaluate", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["convert", "plan", "evaluate", "generate", "inspect", "push", "chat", "serve"])
 def test_every_option_has_help(command: str) -> None:
     parameters = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     assert all(parameter.help for parameter in parameters), [p.name for p in parameters if not p.help]
@@ -134,6 +125,11 @@ def test_wrong_usage_exits_2(arguments: list[str], run: Run) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert "Traceback" not in err
+
+
+def test_mistyped_names_are_answered_with_the_nearest(run: Run) -> None:
+    assert "'convert'" in run("converr")[2]
+    assert "--recipe" in run("convert", "x", "--recipi", "y")[2]
 
 
 def test_bug_is_not_dressed_up_as_bad_input(run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

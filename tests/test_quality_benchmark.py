@@ -20,6 +20,7 @@ from tiny import make_model, make_text, make_tokenizer
 from ternarize.errors import TernarizeError
 from ternarize.progress import Progress
 from ternarize.report import Report
+from ternarize.tasks import PROMPTS
 
 PEER = """
 import json, shutil, sys
@@ -162,8 +163,8 @@ def test_zero_shot(tmp_path: Path) -> None:
     text = make_text(tmp_path / "text.txt").read_text().replace("\n", " ").replace("  ", " ")
     words = iter([text[i : i + 3 + i % 7].strip() + "x" for i in range(0, 3000, 12)])
     count = 8
-    items: dict[str, list[dict[str, Any]]] = {name: [] for name in zero_shot.FILES}
-    asked: dict[str, list[tuple[list[tuple[str, str]], int]]] = {name: [] for name in zero_shot.FILES}
+    items: dict[str, list[dict[str, Any]]] = {name: [] for name in PROMPTS}
+    asked: dict[str, list[tuple[list[tuple[str, str]], int]]] = {name: [] for name in PROMPTS}
 
     def add(name: str, item: dict[str, Any], pairs: list[tuple[str, str]], right: int) -> None:
         items[name].append(item)
@@ -181,7 +182,7 @@ def test_zero_shot(tmp_path: Path) -> None:
         add("arc_easy", easy, [(question, answer) for answer in answers[:3]], i % 3)
         add("winogrande", blank, [(f"{stem} {name}", answers[2]) for name in (one, two)], i % 2)
     for name, records in items.items():
-        write_gz(tmp_path / zero_shot.FILES[name], "".join(json.dumps(record) + "\n" for record in records))
+        write_gz(tmp_path / f"{name}.jsonl.gz", "".join(json.dumps(record) + "\n" for record in records))
 
     @torch.no_grad()
     def score(context: str, continuation: str) -> float:

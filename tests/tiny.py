@@ -198,13 +198,14 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 
 def contents(folder: Path) -> dict[str, bytes | dict[str, Any]]:
-    """Every file of a converted folder, the report without what differs from run to run."""
+    """Every file of a converted folder, report and card without what differs from run to run: the command, times."""
     files: dict[str, bytes | dict[str, Any]] = {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
     report = json.loads((folder / "report.json").read_text())
     del report["run"]
-    return files | {"report.json": report}
+    card = (folder / "README.md").read_text().split("## Make it again")[0].encode()
+    return files | {"report.json": report, "README.md": card}
 
 
 def stored_weights(folder: Path) -> dict[str, Tensor]:

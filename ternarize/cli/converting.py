@@ -14,6 +14,7 @@ from ternarize.cli.options import (
     DeviceOption,
     Folder,
     JsonOption,
+    PrivateOption,
     QuietOption,
     RecipeOption,
     RevisionOption,
@@ -23,7 +24,9 @@ from ternarize.cli.options import (
     TextOption,
     TimeOption,
     check_device,
+    command_line,
 )
+from ternarize.errors import TernarizeError
 from ternarize.printing import print_json, say_verdict, summarize_kept, table
 from ternarize.progress import Progress, duration, parse_duration, parse_size, size
 from ternarize.recipe import DEFAULT, Recipe
@@ -46,16 +49,27 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
     time_budget: TimeOption = None,
     target_size: SizeOption = None,
+    push: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Put the result on the Hub as user/name, unless it has collapsed.", show_default=False),
+    ] = None,
+    private: PrivateOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make a checkpoint ternary."""
+    from ternarize.cli.sharing import send
     from ternarize.conversion import convert as run
+    from ternarize.publish import check_access
 
     if plan_only:
         plan(source, recipe, setting, text, target_size, revision, as_json)
         return
     check_device(device)
+    if push is not None:
+        check_access(push)
+    elif private:
+        raise TernarizeError("--private says how to --push, which is not there.")
     progress = Progress(quiet)
     chosen = _recipe(source, recipe, setting, text, target_size, revision)
     target = output or Path(f"{_short_name(source)}-ternary")
@@ -69,11 +83,16 @@ def convert(
         force=force,
         budget=None if time_budget is None else parse_duration(time_budget),
         progress=progress,
+        command=command_line(),
     )
     verdict = report.run["verdict"]
+    if push is not None and verdict["word"] == "collapsed":
+        progress.say(f"not pushed to {push}, because the model has collapsed.")
     if as_json:
         print_json(json.loads(report.to_json()))
         say_verdict(verdict, quietly=True)
+        if push is not None:
+            send(target, push, private, progress)
         return
     data_free = [entry.name for entry in report.linears if entry.data_free]
     if data_free and chosen.needs_statistics:
@@ -94,6 +113,8 @@ def convert(
         ]
     )
     say_verdict(verdict)
+    if push is not None:
+        typer.echo(f"\nPushed: {send(target, push, private, progress)}")
     typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
     typer.echo(f'      ternarize generate {target} "Once upon a time"')
 
@@ -137,6 +158,7 @@ def distill(
             force=force,
             budget=None if time_budget is None else parse_duration(time_budget),
             progress=Progress(quiet),
+            command=command_line(),
         )
     finally:
         if dist.is_initialized():

@@ -21,6 +21,7 @@ from ternarize.cli.options import (
     check_device,
     dtype_of,
 )
+from ternarize.errors import TernarizeError
 from ternarize.printing import comparison, machine_rows, print_json, size_rows, summarize_kept, table
 from ternarize.progress import Progress, size
 
@@ -37,6 +38,16 @@ def evaluate(
         typer.Option(help="Branch, tag or commit of the teacher, or of the folder where that alone is a Hub id."),
     ] = None,
     text: TextOption = None,
+    tasks: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Score these tasks by lm-eval, comma between: arc_easy,hellaswag. Needs ternarize[eval]."),
+    ] = None,
+    task_data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with the tasks' files, NAME*.jsonl[.gz] or NAME.yaml; nothing is fetched then."),
+    ] = None,
+    items: Annotated[int, typer.Option(min=0, help="At most so many items of each task; 0 is all.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of a task at a time.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     windows: Annotated[int, typer.Option(min=0, help="At most so many windows of each text; 0 is all.")] = 20,
     device: DeviceOption = "cpu",
@@ -48,31 +59,45 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure perplexity, and distance to the teacher.
+    """Measure perplexity and distance to the teacher, or score tasks.
 
-    Windows do not overlap and the tail is dropped; WikiText's raw file (its name contains "wiki") is joined as in the
-    papers. Default text: pydoc, Python's own manual.
+    With --tasks alone no text is measured. Windows of text do not overlap and the tail is dropped; WikiText's raw file
+    (its name contains "wiki") is joined as in the papers. Default text: pydoc, Python's own manual.
     """
     from ternarize.evaluate import evaluate as run
     from ternarize.sources import resolve
 
     check_device(device)
-    results = run(
-        resolve(folder, None if teacher else revision),
-        resolve(teacher, revision) if teacher else None,
-        text or ["pydoc"],
-        length,
-        windows or None,
-        device,
-        dtype_of(dtype),
-        Progress(quiet),
-        save,
-        activations,
-    )
+    if task_data is not None and not tasks:
+        raise TernarizeError("--task-data holds the files of --tasks. Name the tasks, such as --tasks arc_easy.")
+    student = resolve(folder, None if teacher else revision)
+    reference_folder = resolve(teacher, revision) if teacher else None
+    progress, kind = Progress(quiet), dtype_of(dtype)
+    results, scores = [], []
+    if text or not tasks:
+        texts, most = text or ["pydoc"], windows or None
+        results = run(student, reference_folder, texts, length, most, device, kind, progress, save, activations)
+    if tasks:
+        from ternarize.tasks import evaluate_tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = evaluate_tasks(
+            student,
+            reference_folder,
+            names,
+            task_data,
+            items or None,
+            device,
+            kind,
+            batch_size,
+            progress,
+            save,
+            activations,
+        )
     if as_json:
-        print_json([result.to_dict() for result in results])
+        print_json([result.to_dict() for result in results] + [score.to_dict() for score in scores])
         return
-    rows = size_rows(resolve(folder, None if teacher else revision))
+    rows = size_rows(student)
     for result in results:
         reference = "" if result.teacher_perplexity is None else f"{result.teacher_perplexity:.2f}"
         what = f"{result.text}, {result.windows} x {result.length} tokens"
@@ -80,6 +105,10 @@ def evaluate(
         if result.kl is not None and result.agreement is not None:
             rows.append(("KL to the teacher, nats a token", "", f"{result.kl:.3f}"))
             rows.append(("same likeliest token", "", f"{100 * result.agreement:.1f} %"))
+    for score in scores:
+        other = "" if score.teacher is None else f"{100 * score.teacher:.1f} %"
+        guess = "" if score.chance is None else f", guessing {100 * score.chance:.0f} %"
+        rows.append((f"{score.task} ({score.metric}, {score.items} items{guess})", other, f"{100 * score.score:.1f} %"))
     comparison(rows)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -47,9 +49,15 @@ TimeOption = Annotated[
         help="Time for all of it: 90s, 30m, 1h. What fit and tune leave is the distillation's.", show_default=False
     ),
 ]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Nobody else may see the repository.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str, typer.Option(help="Type of activations: float32, bfloat16 or float16.")]
+
+
+def command_line() -> str:
+    """What the user typed, for reports and cards."""
+    return shlex.join(["ternarize", *sys.argv[1:]])
 
 
 def check_device(device: str) -> None:
