@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ternarize.progress import Progress
 from ternarize.quantizer import TernarizeConfig, load
 from ternarize.recipe import Recipe
 from ternarize.runtime import TernaryLinear
@@ -16,11 +17,20 @@ if TYPE_CHECKING:
     from ternarize.conversion import convert
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "TernarizeConfig", "TernaryLinear", "TernaryTensor", "__version__", "convert", "load"]
+__all__ = [
+    "Progress",
+    "Recipe",
+    "TernarizeConfig",
+    "TernaryLinear",
+    "TernaryTensor",
+    "__version__",
+    "convert",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`convert` on first use: someone who only runs a model never imports the solver, datasets or typer."""
+    """`convert` on first use: who only runs a model never imports the solver, datasets or typer."""
     if name == "convert":
         from ternarize.conversion import convert
 

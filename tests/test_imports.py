@@ -37,6 +37,7 @@ ORDER = (
     "decoder",
     "swap",
     "quantizer",
+    "plot",
     "report",
     "reading",
     "text",
@@ -55,7 +56,6 @@ ORDER = (
     "workspace",
     "refine",
     "conversion",
-    "plot",
     "printing",
     "cli",
 )
