@@ -42,6 +42,7 @@ from ternarize.checkpoint import (
     write_tensors,
     write_text,
 )
+from ternarize.choice import make_layout
 from ternarize.ending import tune_ending
 from ternarize.evaluate import Evaluation, load_any
 from ternarize.format import TRIPWIRE, Layout
@@ -186,7 +187,8 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
         window = {f"{path}.{index}": blocks[index] for index in range(end, len(blocks))}
         tunings.append(_convert_ending(job, window, end, teacher, student, batched))
         parts[1 + end :] = [ENDING]
-    report = _assemble(job, parts, _layout(job, int8, group_sizes), entries, ids)
+    layout = make_layout(recipe, job.plan.blocks, job.plan.kept_linears, int8, group_sizes)
+    report = _assemble(job, parts, layout, entries, ids)
     if tunings:
         report.run["tune"] = tunings
     if ids is None:
@@ -255,22 +257,6 @@ def _convert_ending(
     ended = asdict(outcome) | {"blocks": list(window), "ending": True}
     work.write(ENDING, tensors, [], ended)
     return ended
-
-
-def _layout(job: _Job, int8: dict[str, float], group_sizes: dict[str, int]) -> Layout:
-    """What the folder's config says of its tensors."""
-    recipe = job.recipe
-    return Layout(
-        blocks=job.plan.blocks,
-        group_size=recipe.group_size,
-        shift=recipe.grid == "dlt",
-        kept=tuple(job.plan.kept_linears),
-        int8=int8,
-        int8_group_size=recipe.int8_group_size,
-        scale_bits=recipe.scale_bits,
-        shift_bits=recipe.shift_bits if recipe.grid == "dlt" else recipe.scale_bits,
-        group_sizes={name: size for name, size in group_sizes.items() if size != recipe.group_size},
-    )
 
 
 def _calibration_ids(job: _Job) -> Tensor | None:

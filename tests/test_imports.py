@@ -32,6 +32,7 @@ ORDER = (
     "checkpoint",
     "sources",
     "architecture",
+    "choice",
     "kernels",
     "runtime",
     "decoder",
