@@ -37,6 +37,7 @@ ORDER = (
     "runtime",
     "decoder",
     "swap",
+    "onload",
     "quantizer",
     "plot",
     "report",
@@ -110,7 +111,7 @@ def later():
 
 
 # What only converting, measuring or the command line needs: all below the loader, and the solver.
-BELOW = ("solver", *ORDER[ORDER.index("quantizer") + 1 :])
+BELOW = ("solver", "onload", *ORDER[ORDER.index("quantizer") + 1 :])
 ELSEWHERE = ("datasets", "typer", "matplotlib", "gguf", *(f"ternarize.{name}" for name in BELOW))
 
 
