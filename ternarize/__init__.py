@@ -15,6 +15,7 @@ from ternarize.tensor import TernaryTensor
 
 if TYPE_CHECKING:
     from ternarize.conversion import convert
+    from ternarize.memory import ternarize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,13 +27,18 @@ __all__ = [
     "__version__",
     "convert",
     "load",
+    "ternarize",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`convert` on first use: who only runs a model never imports the solver, datasets or typer."""
+    """`convert` and `ternarize` on first use: who only runs a model never imports the solver, datasets or typer."""
     if name == "convert":
         from ternarize.conversion import convert
 
         return convert
+    if name == "ternarize":
+        from ternarize.memory import ternarize
+
+        return ternarize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

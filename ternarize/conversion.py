@@ -105,20 +105,37 @@ def convert(
     Raises:
         TernarizeError: see its subclasses; the message says what to do.
     """
-    started = time.monotonic()
-    progress = progress or Progress()
     work = Workspace(Path(output), resume, force)
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    chosen = chosen.with_text(text)
     checkpoint = Checkpoint(resolve(str(source), revision))
     work.refuse_inside(checkpoint.folder)
+    return convert_checkpoint(
+        checkpoint, work, chosen.with_text(text), str(source), revision, device, budget, progress or Progress()
+    )
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    work: Workspace,
+    chosen: Recipe,
+    source: str,
+    revision: str | None,
+    device: str,
+    budget: float | None,
+    progress: Progress,
+) -> Report:
+    """Convert an opened checkpoint into a workspace's output; arguments, result and errors are those of `convert`.
+
+    Args:
+        source: what the report calls the checkpoint.
+    """
     plan = make_plan(checkpoint, chosen)
     check_room(plan, work.output)
     with work.stoppable(plan.peak_memory):
         work.open(arguments(checkpoint, chosen, device))
-        job = _Job(checkpoint, plan, chosen, work, progress, device, str(source), revision)
+        job = _Job(checkpoint, plan, chosen, work, progress, device, source, revision)
         report, evaluation, ids = _convert(job)
-        left = None if budget is None else budget - (time.monotonic() - started)
+        left = None if budget is None else budget - (time.monotonic() - work.started)
         if chosen.distill.epochs and left is not None and left < LEAST_TIME:
             progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
         elif chosen.distill.epochs:
@@ -267,7 +284,9 @@ def _calibration_ids(job: _Job) -> Tensor | None:
     if not kept.exists():
         wanted = job.recipe.calibration
         folder = job.checkpoint.folder
-        ids = calibration_windows(wanted.text, folder, wanted.samples, wanted.length, wanted.seed, job.progress)
+        ids = calibration_windows(
+            wanted.text, folder, wanted.samples, wanted.length, wanted.seed, job.progress, job.checkpoint.model
+        )
         vocabulary = job.checkpoint.config.get_text_config().vocab_size
         write_tensors(kept, {"ids": mix_random(ids, wanted, folder, vocabulary)})
     return load_file(kept)["ids"]

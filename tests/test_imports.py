@@ -58,6 +58,7 @@ ORDER = (
     "workspace",
     "refine",
     "conversion",
+    "memory",
     "printing",
     "cli",
 )
