@@ -1,6 +1,7 @@
 # make quickstart   from nothing to a converted model that talks (CPU, no Hub, no account)
 # make test         the tests
 # make check        style and types
+# make notebooks    the notebooks, on the sample model; what they show is kept in them (half an hour)
 PYTHON ?= python3
 VENV ?= .venv
 # The version that the tests run with. Another one: make TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
@@ -10,7 +11,7 @@ OUT := out/smollm2-135m-ternary
 RUN := $(VENV)/bin/ternarize
 NATIVE := $(wildcard ternarize/kernels/CMakeLists.txt ternarize/kernels/csrc/*)
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check notebooks clean
 .DELETE_ON_ERROR:
 
 quickstart: $(OUT)/report.json
@@ -28,6 +29,9 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+notebooks: $(VENV)/.installed-dev
+	$(VENV)/bin/python notebooks/run.py
 
 $(VENV)/.installed: pyproject.toml $(NATIVE)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ternarize.progress import Progress
 from ternarize.quantizer import TernarizeConfig, load
 from ternarize.recipe import Recipe
 from ternarize.runtime import TernaryLinear
@@ -14,15 +15,30 @@ from ternarize.tensor import TernaryTensor
 
 if TYPE_CHECKING:
     from ternarize.conversion import convert
+    from ternarize.memory import ternarize
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "TernarizeConfig", "TernaryLinear", "TernaryTensor", "__version__", "convert", "load"]
+__all__ = [
+    "Progress",
+    "Recipe",
+    "TernarizeConfig",
+    "TernaryLinear",
+    "TernaryTensor",
+    "__version__",
+    "convert",
+    "load",
+    "ternarize",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`convert` on first use: someone who only runs a model never imports the solver, datasets or typer."""
+    """`convert` and `ternarize` on first use: who only runs a model never imports the solver, datasets or typer."""
     if name == "convert":
         from ternarize.conversion import convert
 
         return convert
+    if name == "ternarize":
+        from ternarize.memory import ternarize
+
+        return ternarize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

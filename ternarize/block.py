@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ternarize.architecture import choose_linears, linear_shape, linear_weight, replace_module
 from ternarize.calibration import Walk, autocast_enabled, capture
 from ternarize.checkpoint import tied_parameters
+from ternarize.choice import embedding_multiplier
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
@@ -205,22 +206,3 @@ def pack_embeddings(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> dict[
         replace_module(model, name, new)
     tie_int8_heads(model, tied_parameters(model))
     return int8
-
-
-@torch.no_grad()
-def embedding_multiplier(module: nn.Embedding, name: str) -> float:
-    """The constant that an embedding's own forward puts on its rows (Gemma: sqrt(H)); 1.0 for a plain one.
-
-    Raises:
-        UnsupportedModelError: it does more than that.
-    """
-    ids = torch.arange(min(64, module.num_embeddings), device=module.weight.device)
-    rows, out = module.weight[ids], module(ids)
-    used = rows.abs() > 1e-3 * rows.abs().max()
-    multiplier = float((out[used] / rows[used]).median()) if bool(used.any()) else 1.0
-    if not torch.allclose(out, rows * multiplier, rtol=1e-4, atol=1e-6):
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) is more than a table of rows times a constant. "
-            "Set embeddings: keep in the recipe."
-        )
-    return multiplier

@@ -28,7 +28,7 @@ from ternarize.evaluate import HELD_OUT_SEED, load_any
 from ternarize.lesson import Reference
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, ternary_bytes
 from ternarize.progress import Progress
-from ternarize.recipe import Recipe
+from ternarize.recipe import DATA_FREE, Recipe
 from ternarize.runtime import TernaryLinear
 from ternarize.solver import fit, relative_error
 from ternarize.swap import has_module
@@ -112,9 +112,7 @@ def spend(
         TernarizeError: not even the coarsest groups fit the budget.
     """
     assert recipe.budget is not None
-    free = replace(
-        recipe, feedback=False, curvature=False, refit=False, sweeps=0, correction=0.0, scale_bits=16, shift_bits=16
-    )
+    free = replace(recipe, **DATA_FREE, scale_bits=16, shift_bits=16)
 
     def nearest(name: str, weight: Tensor) -> Tensor:
         return fit(weight, None, free).dequantize()

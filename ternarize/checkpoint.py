@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ class Checkpoint:
         TernarizeError: not a checkpoint, a missing, truncated or misnamed shard, already quantized.
     """
 
+    model: PreTrainedModel | None = None  # the loaded one that it stands for (`memory`)
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         self.shards = find_shards(folder)
         self._where: dict[str, Path] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -165,6 +168,10 @@ class Checkpoint:
         if info.conversion_errors:
             name, message = next(iter(info.conversion_errors.items()))
             raise TernarizeError(f"{name}: transformers could not convert the tensor from the file: {message}")
+        self._finish(model, wanted)
+
+    def _finish(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> None:
+        """Tie what was read, and check it."""
         for name, source in tied_parameters(model).items():
             if wanted(name) or wanted(source):
                 present = name if source not in self._sources and name in self._sources else source
@@ -253,7 +260,12 @@ def read_header(shard: Path) -> dict[str, tuple[str, list[int]]]:
         raise TernarizeError(f"{shard} is truncated or not a safetensors file ({error}). Download it again.") from error
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a float checkpoint.
+
+    Raises:
+        TernarizeError: not a checkpoint, or already quantized.
+    """
     if not folder.is_dir():
         raise TernarizeError(f"{folder} is not a folder.")
     path = folder / "config.json"

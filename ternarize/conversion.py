@@ -42,6 +42,7 @@ from ternarize.checkpoint import (
     write_tensors,
     write_text,
 )
+from ternarize.choice import make_layout
 from ternarize.ending import tune_ending
 from ternarize.evaluate import Evaluation, load_any
 from ternarize.format import TRIPWIRE, Layout
@@ -106,20 +107,39 @@ def convert(
     Raises:
         TernarizeError: see its subclasses; the message says what to do.
     """
-    started = time.monotonic()
-    progress = progress or Progress()
     work = Workspace(Path(output), resume, force)
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    chosen = chosen.with_text(text)
     checkpoint = Checkpoint(resolve(str(source), revision))
     work.refuse_inside(checkpoint.folder)
+    progress = progress or Progress()
+    return convert_checkpoint(
+        checkpoint, work, chosen.with_text(text), str(source), revision, device, budget, progress, command
+    )
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    work: Workspace,
+    chosen: Recipe,
+    source: str,
+    revision: str | None,
+    device: str,
+    budget: float | None,
+    progress: Progress,
+    command: str | None = None,
+) -> Report:
+    """Convert an opened checkpoint into a workspace's output; arguments, result and errors are those of `convert`.
+
+    Args:
+        source: what the report calls the checkpoint.
+    """
     plan = make_plan(checkpoint, chosen)
     check_room(plan, work.output)
     with work.stoppable(plan.peak_memory):
         work.open(arguments(checkpoint, chosen, device))
-        job = _Job(checkpoint, plan, chosen, work, progress, device, str(source), revision)
+        job = _Job(checkpoint, plan, chosen, work, progress, device, source, revision)
         report, evaluation, ids = _convert(job)
-        left = None if budget is None else budget - (time.monotonic() - started)
+        left = None if budget is None else budget - (time.monotonic() - work.started)
         if chosen.distill.epochs and left is not None and left < LEAST_TIME:
             progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
         elif chosen.distill.epochs:
@@ -188,7 +208,8 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
         window = {f"{path}.{index}": blocks[index] for index in range(end, len(blocks))}
         tunings.append(_convert_ending(job, window, end, teacher, student, batched))
         parts[1 + end :] = [ENDING]
-    report = _assemble(job, parts, _layout(job, int8, group_sizes), entries, ids)
+    layout = make_layout(recipe, job.plan.blocks, job.plan.kept_linears, int8, group_sizes)
+    report = _assemble(job, parts, layout, entries, ids)
     if tunings:
         report.run["tune"] = tunings
     if ids is None:
@@ -259,22 +280,6 @@ def _convert_ending(
     return ended
 
 
-def _layout(job: _Job, int8: dict[str, float], group_sizes: dict[str, int]) -> Layout:
-    """What the folder's config says of its tensors."""
-    recipe = job.recipe
-    return Layout(
-        blocks=job.plan.blocks,
-        group_size=recipe.group_size,
-        shift=recipe.grid == "dlt",
-        kept=tuple(job.plan.kept_linears),
-        int8=int8,
-        int8_group_size=recipe.int8_group_size,
-        scale_bits=recipe.scale_bits,
-        shift_bits=recipe.shift_bits if recipe.grid == "dlt" else recipe.scale_bits,
-        group_sizes={name: size for name, size in group_sizes.items() if size != recipe.group_size},
-    )
-
-
 def _calibration_ids(job: _Job) -> Tensor | None:
     """The calibration windows, int64 [B, T]; fixed by the first run, so that a resumed one sees the same."""
     if not job.recipe.needs_statistics:
@@ -283,7 +288,9 @@ def _calibration_ids(job: _Job) -> Tensor | None:
     if not kept.exists():
         wanted = job.recipe.calibration
         folder = job.checkpoint.folder
-        ids = calibration_windows(wanted.text, folder, wanted.samples, wanted.length, wanted.seed, job.progress)
+        ids = calibration_windows(
+            wanted.text, folder, wanted.samples, wanted.length, wanted.seed, job.progress, job.checkpoint.model
+        )
         vocabulary = job.checkpoint.config.get_text_config().vocab_size
         write_tensors(kept, {"ids": mix_random(ids, wanted, folder, vocabulary)})
     return load_file(kept)["ids"]

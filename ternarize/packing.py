@@ -39,6 +39,7 @@ from ternarize.errors import FormatError
 from ternarize.tensor import Levels, expand_groups, group_count
 
 TRITS_PER_BYTE = 5
+INT8_FLOATS = 2**22  # of a table that are rounded at a time, in several float32 copies
 LARGEST_BYTE = 3**TRITS_PER_BYTE - 1
 _POWERS = (1, 3, 9, 27, 81)
 
@@ -178,6 +179,11 @@ def quantize_int8(weight: Tensor, group_size: int) -> Tensor:
     Returns:
         uint8 [V, H + 2 G]: the codes, then the fp16 scales (see the module's drawing).
     """
+    rows = max(1, INT8_FLOATS // max(1, weight.shape[1]))
+    return torch.cat([_quantize_rows(part, group_size) for part in weight.split(rows)])
+
+
+def _quantize_rows(weight: Tensor, group_size: int) -> Tensor:
     rows, columns = weight.shape
     groups = group_count(columns, group_size)
     padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - columns))

@@ -14,20 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ternarize.architecture import (
-    LINEAR_TYPES,
-    check_parameters,
-    check_skip,
-    choose_linears,
-    find_blocks,
-    linear_shape,
-    linears,
-    skipped_experts,
-    unfuse_experts,
-)
+from ternarize.architecture import find_blocks, linear_shape, linears
 from ternarize.calibration import BATCH_TOKENS
 from ternarize.checkpoint import Checkpoint, tied_parameters
-from ternarize.errors import TernarizeError, UnsupportedModelError
+from ternarize.choice import Choice, choose, find_embeddings
+from ternarize.errors import TernarizeError
 from ternarize.packing import int8_row_bytes, level_row_bytes, packed_columns
 from ternarize.progress import size
 from ternarize.recipe import Recipe
@@ -110,42 +101,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     tied = tied_parameters(model)
     path, blocks = find_blocks(model)
     weights = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
-    embedding, head = find_embeddings(model)
-    int8 = choose_int8(model, recipe, embedding, head)
-    ternary: dict[str, tuple[int, int]] = {}
-    reasons: dict[str, str] = {}
-    seen: dict[int, str] = {}
-    all_linears: list[str] = []
-    for index, block in enumerate(blocks):
-        prefix = f"{path}.{index}"
-        check_parameters(block, prefix)
-        for name, module in block.named_modules(prefix=prefix):
-            if isinstance(module, LINEAR_TYPES) and seen.setdefault(id(module), name) != name:
-                raise UnsupportedModelError(
-                    f"{name} is the same module as {seen[id(module)]}; sharing is not supported."
-                )
-        unfuse_experts(block, prefix, recipe.skip)
-        fused = {
-            name: reason
-            for path_, m in block.named_modules(prefix=prefix)
-            for name, reason in skipped_experts(path_, m, recipe.skip)
-        }
-        all_linears += fused
-        reasons |= fused
-        chosen = choose_linears(block, prefix, recipe.skip)
-        all_linears += [*chosen.ternary, *chosen.kept]
-        ternary |= {name: linear_shape(module) for name, module in chosen.ternary.items()}
-        reasons |= chosen.kept
-    check_skip(recipe.skip, all_linears)
-    if not ternary:
-        raise TernarizeError("the recipe's skip leaves no linear to make ternary. Remove some of its patterns.")
-    widest = max(i for _, i in ternary.values())
-    if recipe.group_size is not None and recipe.group_size > widest:
-        raise TernarizeError(
-            f"group_size {recipe.group_size} is wider than every linear of {type(model).__name__} "
-            f"(widest: {widest} input columns). Choose at most {widest}, or null for one group a row."
-        )
-    kept = _kept(model, path, set(ternary), int8, reasons, recipe)
+    choice = choose(model, recipe)
+    ternary, int8 = choice.ternary, choice.int8
+    kept = _kept(model, choice, recipe)
     output = _output_bytes(model, checkpoint, ternary, int8, recipe)
     memory = _peak_memory(model, blocks, path, recipe, weights)
     return Plan(
@@ -162,26 +120,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         seconds=_seconds(blocks, recipe, ternary),
         writes_text=any(split_source(source)[0] == "self" for source in recipe.calibration.text),
         group_size=recipe.group_size,
-        kept_linears=sorted(reasons),
+        kept_linears=sorted(choice.kept),
     )
-
-
-def find_embeddings(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """Names of the input embedding and of the output head, where the model says that it has them."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return names.get(id(model.get_input_embeddings())), names.get(id(model.get_output_embeddings()))
-
-
-def choose_int8(model: PreTrainedModel, recipe: Recipe, embedding: str | None, head: str | None) -> list[str]:
-    """The modules that are stored in int8, by the recipe; a tied head is not among them, it has no table."""
-    tied = tied_parameters(model)
-    chosen = []
-    if embedding and recipe.embeddings == "int8" and isinstance(model.get_submodule(embedding), nn.Embedding):
-        chosen.append(embedding)
-    own_head = head and f"{head}.weight" not in tied
-    if head and own_head and recipe.head == "int8" and isinstance(model.get_submodule(head), nn.Linear):
-        chosen.append(head)
-    return chosen
 
 
 def _table_shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
@@ -189,10 +129,8 @@ def _table_shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _kept(
-    model: PreTrainedModel, path: str, ternary: set[str], int8: list[str], reasons: dict[str, str], recipe: Recipe
-) -> list[Kept]:
-    packed = {f"{name}.weight" for name in ternary} | {f"{name}.weight" for name in int8}
+def _kept(model: PreTrainedModel, choice: Choice, recipe: Recipe) -> list[Kept]:
+    packed = {f"{name}.weight" for name in [*choice.ternary, *choice.int8]}
     kept = []
     embedding, head = find_embeddings(model)
     tied = tied_parameters(model)
@@ -201,10 +139,10 @@ def _kept(
             continue
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
-        if owner in reasons:
-            reason = reasons[owner]
-        elif f"{owner}.0.{last}" in reasons:
-            reason = reasons[f"{owner}.0.{last}"]
+        if owner in choice.kept:
+            reason = choice.kept[owner]
+        elif f"{owner}.0.{last}" in choice.kept:
+            reason = choice.kept[f"{owner}.0.{last}"]
         elif not isinstance(parameter, nn.Parameter):
             reason = "a buffer of the model's own"
         elif last == "bias" or parameter.ndim == 1:
@@ -213,7 +151,7 @@ def _kept(
             reason = "recipe: keep" if "keep" in (recipe.embeddings, recipe.head) else "not a plain embedding or linear"
         elif isinstance(module, nn.Embedding):
             reason = "embedding other than the input's"
-        elif not name.startswith(f"{path}."):
+        elif not name.startswith(f"{choice.blocks}."):
             reason = "outside the blocks"
         else:
             reason = f"not a linear ({type(module).__name__})"

@@ -1,17 +1,20 @@
-"""Progress that a person or a log can read: a bar on a terminal, plain lines elsewhere, nothing for machines."""
+"""Progress that a person or a log can read: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from tqdm.auto import tqdm
-
 from ternarize.errors import TernarizeError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # tqdm's about ipywidgets: without them a notebook has a text bar
+    from tqdm.auto import tqdm
 
 LINE_EVERY = 10.0  # seconds between plain lines
 

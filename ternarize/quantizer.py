@@ -1,19 +1,22 @@
-"""How transformers loads a ternarize folder: registered once, when `ternarize` is imported.
+"""How transformers loads a ternarize folder, or makes a float model ternary: registered when `ternarize` is imported.
 
     import ternarize
     model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(float_model, quantization_config=ternarize.TernarizeConfig())
 
-The file's names are those of the packed modules, so nothing is converted while loading; a strict check of names, shapes
-and types against the files' headers comes first, because transformers itself only warns about what is missing.
+A folder's names are those of the packed modules, so nothing is converted while loading one; a strict check of names,
+shapes and types against the files' headers comes first, because transformers itself only warns about what is missing.
+A float model is converted without data, weight by weight (`onload`).
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -25,25 +28,69 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ternarize.checkpoint import find_shards, read_header
 from ternarize.errors import FormatError, TernarizeError
 from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
+from ternarize.grids import Grid
 from ternarize.kernels import cpu
+from ternarize.recipe import DATA_FREE, Recipe
 from ternarize.swap import check_packed_modules, dequantize_modules, lay_out, replace_float_modules, run_natively
+
+if TYPE_CHECKING:
+    from ternarize.onload import PackOnLoad
 
 
 @register_quantization_config(QUANT_METHOD)
 class TernarizeConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The "quantization_config" of a ternarize folder (see `format`).
+    """How to make a float model ternary while it is loaded, without data; or the config of a folder (see `format`).
+
+    Such a model is poor: `ternarize.convert` fits it to data, in minutes, at the same size.
+
+    Args:
+        grid, group_size, scale_bits, skip: as in `Recipe`; shifts are stored in as many bits as scales.
 
     Raises:
-        FormatError: an unknown version or packing, or damaged fields.
+        TernarizeError: a value breaks its rule.
     """
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(
+        self,
+        grid: Grid = "symmetric",
+        group_size: int | None = 32,
+        scale_bits: int = 4,
+        skip: tuple[str, ...] | list[str] = (),
+    ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.layout = Layout.from_config({"quant_method": QUANT_METHOD} | fields)
+        options = {"grid": grid, "group_size": group_size, "scale_bits": scale_bits, "skip": list(skip)}
+        self.recipe = Recipe.from_dict(DATA_FREE | options | {"shift_bits": scale_bits}, where="TernarizeConfig")
+        self.layout: Layout | None = None
+
+    @classmethod
+    def of(cls, layout: Layout) -> TernarizeConfig:
+        """The config of a folder with this layout."""
+        config = cls()
+        config.layout = layout
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From config.json, or from a dictionary of the arguments above.
+
+        Raises:
+            FormatError: an unknown version or packing, or damaged fields.
+            TernarizeError: a value breaks its rule.
+        """
+        options = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        if options.keys() <= inspect.signature(cls).parameters.keys():
+            config = cls(**options)
+        else:
+            config = cls.of(Layout.from_config({"quant_method": QUANT_METHOD} | config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it."""
-        return self.layout.to_config()
+        """As config.json holds it; the arguments above where there is no folder yet."""
+        if self.layout is not None:
+            return self.layout.to_config()
+        recipe = self.recipe
+        options = {"grid": recipe.grid, "group_size": recipe.group_size, "scale_bits": recipe.scale_bits}
+        return {"quant_method": QUANT_METHOD, **options, "skip": list(recipe.skip)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: a reader must not depend on our defaults."""
@@ -52,10 +99,32 @@ class TernarizeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(QUANT_METHOD)
 class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts packed modules into a skeleton before transformers fills it."""
+    """Puts packed modules into a skeleton before transformers fills it, from a ternarize folder or from float weights.
 
-    requires_calibration = True  # a folder is made by `ternarize convert`, not while loading
+    Raises:
+        FormatError: a folder's config.json does not say what is in it.
+    """
+
+    requires_calibration = False
     quantization_config: TernarizeConfig
+
+    def __init__(self, quantization_config: TernarizeConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._packing: PackOnLoad | None = None
+        if self.pre_quantized and quantization_config.layout is None:
+            Layout.from_config(quantization_config.to_dict())
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuse to convert into files: only a folder's packed weights can stay on the disk.
+
+        Raises:
+            TernarizeError: float weights, and a device_map that names the disk.
+        """
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise TernarizeError(
+                "a device_map with 'disk' cannot take a model that becomes ternary while it is loaded. "
+                "Convert it first: ternarize convert SOURCE --output FOLDER"
+            )
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called with the model's config before the weight files are looked up: disarm the tripwire for us."""
@@ -66,13 +135,27 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         _eager_experts(model)
-        replace_float_modules(model, self.quantization_config.layout)
+        layout = self.quantization_config.layout
+        if layout is None:
+            from ternarize.onload import PackOnLoad, prepare
+
+            self._packing = PackOnLoad(self.quantization_config.recipe)
+            self.quantization_config = TernarizeConfig.of(prepare(model, self._packing.recipe))
+            return model
+        replace_float_modules(model, layout)
         if checkpoint_files:
             check_places(model, checkpoint_files)
             check_names(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if self._packing is not None:
+            from ternarize.onload import finish
+
+            self._packing.check(model)
+            finish(model)
+            model._weight_conversions = []  # type: ignore[assignment]  # it saves under the names that it has
+            _say_what_is_lost()
         check_packed_modules(model)
         model.requires_grad_(False)  # so that products run natively outside of torch.no_grad() too
         run_natively(model)
@@ -81,8 +164,16 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """None: names and layouts in the file are already the model's (5.20 to 5.22 pass no model)."""
-        return []
+        """None for a folder: names and layouts in its files are already the model's (5.20 to 5.22 pass no model)."""
+        return [] if self.pre_quantized else weight_conversions
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        """Whether a float parameter is to be packed."""
+        return self._packing is not None and self._packing.takes(model, param_name)
+
+    def get_quantize_ops(self) -> Any:
+        """What packs it."""
+        return self._packing
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         if isinstance(dtype, str):  # save_pretrained leaves a name in model.config.dtype
@@ -233,6 +324,14 @@ def quant_method(folder: Path) -> str | None:
 
 
 @cache  # once in a process
+def _say_what_is_lost() -> None:
+    logging.getLogger("ternarize").warning(
+        "the model was made ternary without data, which leaves little of most models. "
+        "ternarize.convert(source, folder) fits it to data, at the same size."
+    )
+
+
+@cache
 def _say_what_is_missing() -> None:
     reason = cpu.missing()
     if reason is not None:

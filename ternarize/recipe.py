@@ -23,6 +23,7 @@ from ternarize.errors import TernarizeError
 from ternarize.grids import Grid
 
 DEFAULT = "balanced"
+DATA_FREE: dict[str, Any] = {"feedback": False, "curvature": False, "refit": False, "sweeps": 0, "correction": 0.0}
 _HERE = Path(__file__).parent
 RECIPE_FOLDER = next(folder for folder in (_HERE / "recipes", _HERE.parent / "recipes") if folder.is_dir())
 

@@ -53,7 +53,13 @@ def distill_folder(
     """
     wanted = recipe.calibration
     ids = calibration_windows(
-        wanted.text, checkpoint.folder, recipe.distill.samples, wanted.length, wanted.seed + 1, progress
+        wanted.text,
+        checkpoint.folder,
+        recipe.distill.samples,
+        wanted.length,
+        wanted.seed + 1,
+        progress,
+        checkpoint.model,
     )
     teacher = checkpoint.skeleton()
     checkpoint.load(teacher, "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ import torch
 import transformers
 
 from ternarize.errors import TernarizeError
+from ternarize.plot import new_figure
+from ternarize.progress import duration, size
 
 REPORT_FILE = "report.json"
 RECIPE_FILE = "recipe.yaml"
+WORST = 5  # linears that a notebook shows
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class LinearReport:
     data_free: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The result of a conversion, written as report.json.
 
@@ -88,6 +93,84 @@ class Report:
         total = sum(entry.shape[0] * entry.shape[1] for entry in self.linears)
         return sum(entry.error * entry.shape[0] * entry.shape[1] for entry in self.linears) / total
 
+    def worst(self, count: int) -> list[LinearReport]:
+        """The `count` linears with the largest errors, the largest first; all of them for 0."""
+        return sorted(self.linears, key=lambda entry: -entry.error)[: count or None]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Report of {self.source}: {len(self.linears)} ternary linears, "
+            f"{self.bits_per_ternary_weight:.3f} bits per ternary weight, mean error {self.mean_error:.4f}>"
+        )
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for each linear and a column for each field of `LinearReport`.
+
+        Raises:
+            TernarizeError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise TernarizeError("to_pandas needs pandas. Run: pip install 'ternarize[notebook]'") from error
+        return DataFrame([asdict(entry) for entry in self.linears], columns=[f.name for f in fields(LinearReport)])
+
+    def plot(self) -> Any:
+        """A matplotlib Figure: error and zero share of each linear against depth, one line per kind of linear.
+
+        Raises:
+            TernarizeError: matplotlib is not installed.
+        """
+        figure, (top, bottom) = new_figure(2, sharex=True)
+        for kind, points in sorted(self._kinds().items()):
+            depths = sorted(points)
+            for axes, column in ((top, 0), (bottom, 1)):
+                means = [_mean([values[column] for values in points[depth]]) for depth in depths]
+                axes.plot(depths, means, marker="o", markersize=3, linewidth=1.2, label=kind)
+        top.set_ylabel("relative output error")
+        top.set_yscale("log")
+        bottom.set_ylabel("share of zero trits")
+        bottom.set_xlabel("block")
+        bottom.set_ylim(0, max(0.6, bottom.get_ylim()[1]))
+        for axes in (top, bottom):
+            axes.grid(alpha=0.3)
+        top.legend(fontsize=8, ncols=2)
+        top.set_title(f"{self.source}: {self.bits_per_ternary_weight:.2f} bits per ternary weight, {self.model}")
+        return figure
+
+    def _kinds(self) -> dict[str, dict[int, list[tuple[float, float]]]]:
+        """{kind of linear: {number of its block: [(error, zero share)]}}; a block has many experts of one kind."""
+        kinds: dict[str, dict[int, list[tuple[float, float]]]] = {}
+        for entry in self.linears:
+            number = re.search(r"\.(\d+)\.", entry.name)
+            depth = int(number.group(1)) if number else 0
+            kind = re.sub(r"\.experts\.\d+\.", ".experts.*.", entry.name.split(f".{depth}.", 1)[-1])
+            kinds.setdefault(kind, {}).setdefault(depth, []).append((entry.error, entry.zero_share))
+        return kinds
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: sizes, bits, verdict, error, time, and the linears with the largest errors."""
+        verdict = self.run.get("verdict", {})
+        rows = [
+            ("weight files", f"{size(self.source_bytes)} \u2192 {size(self.output_bytes)}"),
+            ("bits per ternary weight", f"{self.bits_per_ternary_weight:.3f}"),
+            ("bits per weight, whole file", f"{self.bits_per_weight:.3f}"),
+            ("mean relative error", f"{self.mean_error:.4f}"),
+            ("verdict", f"{verdict['word']}: {verdict['why']}" if verdict else ""),
+            ("it writes", verdict.get("text", "")),
+            ("time", duration(self.run["seconds"]) if "seconds" in self.run else ""),
+        ]
+        worst = [
+            (entry.name, f"{entry.shape[0]} x {entry.shape[1]}", f"{entry.error:.4f}", f"{entry.bits:.3f}")
+            for entry in self.worst(WORST)
+        ]
+        title = html.escape(f"{self.source}, {self.model}: {len(self.linears)} ternary linears")
+        return (
+            f"<div><b>{title}</b>"
+            f"{_html_table([], [row for row in rows if row[1]])}"
+            f"{_html_table(['largest errors', 'shape', 'error', 'bits'], worst)}</div>"
+        )
+
     def to_json(self) -> str:
         """JSON text."""
         return dump_json(asdict(self)) + "\n"
@@ -110,6 +193,20 @@ class Report:
             raise TernarizeError(f"{path} cannot be read: {error.strerror}. Is {folder} a ternarize folder?") from error
         except (ValueError, TypeError, KeyError) as error:
             raise TernarizeError(f"{path} is damaged: {error!r}. Convert the model again.") from error
+
+
+def _html_table(head: list[str], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table of plain text, escaped."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        shown = (f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>' for cell in cells)
+        return f"<tr>{''.join(shown)}</tr>"
+
+    return f"<table>{line(head, 'th') if head else ''}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def dump_json(value: Any) -> str:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from ternarize.checkpoint import write_tensors
 from ternarize.errors import TernarizeError
@@ -89,7 +90,13 @@ def split_source(source: str) -> tuple[str, float]:
 
 
 def calibration_windows(
-    sources: tuple[str, ...], folder: Path, samples: int, length: int, seed: int, progress: Progress
+    sources: tuple[str, ...],
+    folder: Path,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    writer: PreTrainedModel | None = None,
 ) -> Tensor:
     """Draw windows from a mixture of sources.
 
@@ -97,6 +104,7 @@ def calibration_windows(
         sources: `NAME` or `NAME@WEIGHT`; samples are shared out by weight.
         folder: the teacher's checkpoint, for its tokenizer and for `self`.
         samples, length: B windows of T tokens. A source with less text gives what it has, and the progress says so.
+        writer: the teacher itself, where it is loaded: it writes `self`, and nothing is cached.
 
     Returns:
         int64 [B, T], shuffled.
@@ -109,7 +117,10 @@ def calibration_windows(
     tokenizer = load_tokenizer(folder)
     parts = []
     for position, ((name, _), wanted) in enumerate(zip(parsed, shares, strict=True)):
-        if name == "self":
+        if name == "self" and writer is not None:
+            in_float32 = writer if writer.dtype == torch.float32 else deepcopy(writer).float()
+            part = write_windows(in_float32, tokenizer, wanted, length, seed, progress)
+        elif name == "self":
             part = self_windows(folder, wanted, length, seed, progress)
         else:
             part = draw(windows(read(name), tokenizer, length, READ_AHEAD * wanted, name), wanted, seed + position)
@@ -295,7 +306,8 @@ def _sample(model: Any, prompt: Tensor, length: int, seed: int, advance: Callabl
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        return model.generate(
+        prompt = prompt.to(model.device)
+        written: Tensor = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=True,
@@ -307,6 +319,7 @@ def _sample(model: Any, prompt: Tensor, length: int, seed: int, advance: Callabl
             pad_token_id=0,
             stopping_criteria=[Advance()],
         )
+        return written.cpu()
 
 
 def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

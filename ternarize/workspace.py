@@ -59,17 +59,18 @@ class Workspace:
         output: OUT.
         resume: go on with what is there.
         force: replace OUT at the end, and forget what is there.
+        passing: nobody can go on with what is in here; it is removed with its surroundings.
 
     Raises:
         TernarizeError: OUT holds something, or an interrupted conversion waits there, and neither flag says what to do.
     """
 
-    def __init__(self, output: Path, resume: bool = False, force: bool = False) -> None:
+    def __init__(self, output: Path, resume: bool = False, force: bool = False, passing: bool = False) -> None:
         self.output = output.resolve()
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.final = self.folder / "final"
         self.replaced = self.folder / "replaced"
-        self.resume = resume
+        self.resume, self.passing = resume, passing
         self.fresh = False
         self.started, self.earlier = time.monotonic(), 0.0
         for path in (output, *self.output.parents):
@@ -240,6 +241,8 @@ class Workspace:
 
     def stopped(self, why: str) -> str:
         """What to tell the user when the work ends early; the time spent is written down."""
+        if self.passing:
+            return f"{why}: the model is as it was before."
         done = 0
         if self.folder.exists():
             done = len(list(self.folder.glob("block-*.json")))

@@ -33,11 +33,14 @@ ORDER = (
     "sources",
     "architecture",
     "mapped",
+    "choice",
     "kernels",
     "runtime",
     "decoder",
     "swap",
+    "onload",
     "quantizer",
+    "plot",
     "report",
     "reading",
     "text",
@@ -57,9 +60,9 @@ ORDER = (
     "workspace",
     "refine",
     "conversion",
+    "memory",
     "publish",
     "chat",
-    "plot",
     "printing",
     "cli",
 )
@@ -113,7 +116,7 @@ def later():
 
 
 # What only converting, measuring or the command line needs: all below the loader, and the solver.
-BELOW = ("solver", *ORDER[ORDER.index("quantizer") + 1 :])
+BELOW = ("solver", "onload", *ORDER[ORDER.index("quantizer") + 1 :])
 ELSEWHERE = ("datasets", "typer", "matplotlib", "gguf", *(f"ternarize.{name}" for name in BELOW))
 
 

@@ -180,7 +180,7 @@ def inspect(
     else:
         entries = report.linears
         if worst:
-            entries = sorted(entries, key=lambda entry: -entry.error)[:worst]
+            entries = report.worst(worst)
         width = max([len(entry.name) for entry in entries] + [6])
         typer.echo(f"{'linear':{width}}  {'shape':>13}  {'error':>7}  {'zeros':>6}  {'bits':>5}")
         for entry in entries:
@@ -202,9 +202,9 @@ def inspect(
         for line in summarize_kept([(kept["name"], kept["reason"]) for kept in report.kept]):
             typer.echo(f"  {line}")
     if plot is not None:
-        from ternarize.plot import plot_report
+        from ternarize.plot import save
 
-        plot_report(report, plot)
+        save(report.plot(), plot)
         if not as_json:
             typer.echo(f"\nDrawn into {plot}")
 

@@ -13,7 +13,7 @@ from functools import partial
 from ternarize.kernels.builtin import BuiltinTernary
 from ternarize.kernels.cpu import Native, PackedTernary, check_activations, default_activations, missing, native, usable
 from ternarize.kernels.cpu import int8_linear as native_int8_linear
-from ternarize.kernels.memory import allocate, trim
+from ternarize.kernels.pages import allocate, trim
 from ternarize.kernels.reference import int8_linear, ternary_linear, ternary_weight
 
 __all__ = [

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import TernarizeError
-from ternarize.kernels.memory import allocate
+from ternarize.kernels.pages import allocate
 from ternarize.packing import int8_row_bytes
 
 CPU_VARIABLE = "TERNARIZE_CPU"

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ternarize.plot import pyplot
+from ternarize.plot import new_figure, save
 
 Row = dict[str, Any]
 COLUMNS = {
@@ -72,18 +72,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     Raises:
         TernarizeError: matplotlib is not there.
     """
-    plt = pyplot()
-
     points = []
     for row in sorted((row for row in results["rows"] if "linear_bytes" in row and "error" not in row), key=_order):
         perplexity, reference = row["wiki"]["perplexity"], row["wiki"]["teacher_perplexity"]
         if perplexity and reference:  # null where it was not finite
             points.append((row["contender"], bits(row), math.log(perplexity / reference)))
-    figure, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
+    figure, axes = new_figure()
     colors: dict[str, Any] = {}
     for name, x, y in points:
         tool = name.partition(":")[0]
-        color = colors.setdefault(tool, plt.cm.tab10.colors[len(colors) % 10])  # type: ignore[attr-defined]
+        color = colors.setdefault(tool, f"C{len(colors) % 10}")
         marker = "*" if tool == "ternarize" else "o"
         axes.plot(x, y, marker=marker, markersize=11 if marker == "*" else 6, color=color, linestyle="none")
     axes.axhline(0, color="0.4", linewidth=1.2, linestyle="--")
@@ -100,10 +98,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.draw_without_rendering()
     _label(axes, points, colors)
-    try:
-        figure.savefig(path, dpi=120)
-    finally:
-        plt.close(figure)
+    save(figure, path)
 
 
 def _label(axes: Any, points: list[tuple[str, Any, float]], colors: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ternarize.plot import pyplot
+from ternarize.plot import new_figure, save
 from ternarize.speed import spread
 
 from .contenders import TERNARIZE
@@ -134,20 +134,15 @@ def draw(results: Row, path: Path) -> None:
     Raises:
         TernarizeError: matplotlib is not there.
     """
-    plt = pyplot()
-
     models, settings = results["rows"], results["settings"]
     contexts = len(settings["contexts"]) > 1
     size = (7 * (1 + contexts), 3.6 * len(models))
-    figure, grid = plt.subplots(len(models), 1 + contexts, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = new_figure(len(models), 1 + contexts, size, squeeze=False)
     for axes, model in zip(grid, models, strict=True):
         _bars(axes[0], model, settings)
         if contexts:
             _lines(axes[1], model, settings)
-    try:
-        figure.savefig(path, dpi=120)
-    finally:
-        plt.close(figure)
+    save(figure, path)
 
 
 def _bars(axes: Any, model: Row, settings: Row) -> None:
