@@ -72,7 +72,7 @@ class Progress:
         """A bar over `total` units; plain lines where standard error is no terminal."""
         if self.quiet:
             yield _Silence()
-        elif not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        elif not (sys.stderr.isatty() or _in_notebook()):
             started = time.monotonic()
             yield _Lines(label, total, unit)
             if (spent := time.monotonic() - started) > 2:
@@ -80,6 +80,12 @@ class Progress:
         else:
             with tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True, smoothing=0.1) as bar:
                 yield bar
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a cell: the shell of IPython has a kernel."""
+    interactive = sys.modules.get("IPython")
+    return interactive is not None and getattr(interactive.get_ipython(), "kernel", None) is not None
 
 
 @contextmanager
