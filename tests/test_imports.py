@@ -54,6 +54,7 @@ ORDER = (
     "gate",
     "workspace",
     "refine",
+    "export",
     "conversion",
     "plot",
     "printing",
