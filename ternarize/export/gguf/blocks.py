@@ -10,9 +10,9 @@ A row is cut into blocks of `width` columns; a block holds the trits as codes t 
     Q2_K    256   16 bytes s + 16 n, one for 16 columns,               d s (t + 1) - e n,  s and n in 0..15
                   64 bytes of codes, fp16 d, fp16 e
 
-A block is exact where it lies in one group: scales are fp16 in a ternarize folder too, and are copied. What Q4_1 and Q2_K
-add is rounded to fp16, an error of at most 2^-11 of the larger of scale and shift. A group that is finer than a block, or
-a shift where the type has none, cannot be held: then a block gets the scale that is nearest in least squares.
+A block, of Q2_K 16 columns of one, must lie in one group; `regroup` sees to that, with loss where it must. Scales are fp16
+in a ternarize folder too, and are copied. What Q4_1 and Q2_K add is rounded to fp16, by at most 2^-11 of it; Q2_K's scales
+of 16 columns are multiples of one for 256, so that they are exact where those 256 share a group, and seldom elsewhere.
 
 Layouts: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/llama.cpp.
 """
@@ -28,9 +28,6 @@ from torch import Tensor
 from ternarize.errors import FormatError
 from ternarize.tensor import TernaryTensor, expand_groups
 
-SUB = 16  # columns of a sub-block of Q2_K
-
-
 @dataclass(frozen=True)
 class BlockType:
     """One of ggml's types.
@@ -38,33 +35,41 @@ class BlockType:
     Args:
         name: ggml's.
         number: what a file calls it.
+        file_type: what a file that is mostly of it calls itself.
         width: weights in a block.
         size: bytes of a block.
         shift: whether it can hold one.
+        unit: weights that have a scale; the width where None.
     """
 
     name: str
     number: int
+    file_type: int
     width: int
     size: int
     shift: bool = False
-
-    def holds(self, columns: int, group_size: int, shift: bool) -> bool:
-        """Whether a weight of this layout is exact in this type, whatever its values."""
-        one_group = group_size % self.width == 0 or group_size >= columns
-        return self.fits(columns) and one_group and (self.shift or not shift)
+    unit: int | None = None
 
     def fits(self, columns: int) -> bool:
         """Whether rows of so many columns are whole blocks."""
         return columns % self.width == 0
 
+    def holds(self, columns: int, group_size: int, shift: bool) -> bool:
+        """Whether every weight of this layout is exact in this type."""
+        one_group = group_size % self.width == 0 or group_size >= columns
+        return self.fits(columns) and one_group and (self.shift or not shift)
 
-TQ1_0 = BlockType("TQ1_0", 34, 256, 54)
-TQ2_0 = BlockType("TQ2_0", 35, 256, 66)
-Q2_0 = BlockType("Q2_0", 42, 64, 18)
-Q4_0 = BlockType("Q4_0", 2, 32, 18)
-Q4_1 = BlockType("Q4_1", 3, 32, 20, shift=True)
-Q2_K = BlockType("Q2_K", 10, 256, 84, shift=True)
+    def bytes(self, rows: int, columns: int) -> int:
+        """Of a weight of this shape."""
+        return rows * columns // self.width * self.size
+
+
+TQ1_0 = BlockType("TQ1_0", 34, 36, 256, 54)
+TQ2_0 = BlockType("TQ2_0", 35, 37, 256, 66)
+Q2_0 = BlockType("Q2_0", 42, 41, 64, 18)
+Q4_0 = BlockType("Q4_0", 2, 2, 32, 18)
+Q4_1 = BlockType("Q4_1", 3, 3, 32, 20, shift=True)
+Q2_K = BlockType("Q2_K", 10, 10, 256, 84, shift=True, unit=16)
 TYPES = (TQ1_0, TQ2_0, Q2_0, Q4_0, Q4_1, Q2_K)
 
 
@@ -72,11 +77,8 @@ def pack(tensor: TernaryTensor, kind: BlockType) -> Tensor:
     """The bytes of a weight, uint8 [O, I / width * size].
 
     Raises:
-        ValueError: the rows are no whole blocks (a bug in the caller).
+        ValueError: the rows are no whole blocks, or a block has several scales (a bug in the caller: see `regroup`).
     """
-    rows, columns = tensor.shape
-    if not kind.fits(columns):
-        raise ValueError(f"{kind.name} has blocks of {kind.width} weights, rows have {columns}")
     codes = (tensor.trits.view(torch.uint8) + 1).unflatten(-1, (-1, kind.width))  # -1 is 255, + 1 is 0
     return _PACKERS[kind.name](tensor, codes).flatten(1)
 
@@ -87,52 +89,31 @@ def stored(tensor: TernaryTensor, kind: BlockType) -> Tensor:
         scale, sub_scale, least, sub_least = _fit_q2_k(tensor)
         scale = _spread(scale) * sub_scale
         shift: Tensor | None = scale - _spread(least) * sub_least
-        width = SUB
+    elif kind is Q4_1:
+        scale, least = _scale_and_least(tensor)
+        shift = scale + least
     else:
-        scale, shift = block_levels(tensor, kind)
-        width = kind.width
+        scale, shift = _spread_levels(tensor, kind.width)[0], None
     columns = tensor.shape[1]
+    width = kind.unit or kind.width
     weight = expand_groups(scale, columns, width) * tensor.trits
     return weight if shift is None else weight + expand_groups(shift, columns, width)
 
 
-def block_levels(tensor: TernaryTensor, kind: BlockType) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift of each block as `kind` stores them, float32 [O, I / width]; shift is None where it has none.
-
-    What a block's one group says; where it has several, or a shift that `kind` lacks, least squares for its trits.
-    """
-    scale, shift = _levels(tensor, kind.width, kind.shift)
-    scale = scale.half().float()
-    if shift is None:
-        return scale, None
-    return scale, (shift - scale).half().float() + scale
-
-
-def _levels(tensor: TernaryTensor, width: int, shifted: bool) -> tuple[Tensor, Tensor | None]:
-    """As `block_levels`, for runs of `width` columns, before anything is rounded."""
+def _spread_levels(tensor: TernaryTensor, width: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift of every `width` columns, float32 [O, I / width]."""
     columns = tensor.shape[1]
-    source = tensor.shift if tensor.shift is None or bool(tensor.shift.any()) else None
-    if (tensor.group_size % width == 0 or tensor.group_size >= columns) and (shifted or source is None):
-        group = torch.arange(0, columns, width) // tensor.group_size
-        scale = tensor.scale.float()[:, group]
-        shift = torch.zeros_like(scale) if tensor.shift is None else tensor.shift.float()[:, group]
-        return scale, shift if shifted else None
-    trits = tensor.trits.float().unflatten(-1, (-1, width))
-    weight = tensor.dequantize().unflatten(-1, (-1, width))
-    if not shifted:
-        return _slope(trits, weight, expand_groups(tensor.scale.float(), columns, tensor.group_size)), None
-    mean = weight.mean(-1, keepdim=True)
-    middle = trits.mean(-1, keepdim=True)
-    scale = _slope(trits - middle, weight - mean, expand_groups(tensor.scale.float(), columns, tensor.group_size))
-    return scale, (mean - scale[..., None] * middle).squeeze(-1)
+    if columns % width or (tensor.group_size % width and tensor.group_size < columns):
+        raise ValueError(f"runs of {width} columns do not lie in groups of {tensor.group_size}, {columns} in a row")
+    group = torch.arange(0, columns, width) // tensor.group_size
+    scale = tensor.scale.float()[:, group]
+    return scale, torch.zeros_like(scale) if tensor.shift is None else tensor.shift.float()[:, group]
 
 
-def _slope(trits: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The scale that takes `trits` nearest to `weight`; where all trits are alike, the mean of the groups' own."""
-    power = trits.square().sum(-1)
-    fallback = scale.unflatten(-1, (-1, trits.shape[-1])).mean(-1)
-    best = (trits * weight).sum(-1) / power.clamp(min=1e-30)
-    return torch.where((power > 1e-6) & (best > 0), best, fallback)
+def _scale_and_least(tensor: TernaryTensor) -> tuple[Tensor, Tensor]:
+    """Q4_1's d and m, float32 [O, I / 32], rounded as they are stored."""
+    scale, shift = _spread_levels(tensor, Q4_1.width)
+    return scale, (shift - scale).half().float()
 
 
 # -- Q2_K ----------------------------------------------------------------------------------------------------------
@@ -143,8 +124,7 @@ def _fit_q2_k(tensor: TernaryTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     A shift-less weight has the same d and s for what it subtracts, so that its zeros stay zero.
     """
-    scale, shift = _levels(tensor, SUB, shifted=True)
-    assert shift is not None
+    scale, shift = _spread_levels(tensor, 16)
     step, multiple = _multiples(scale)
     if tensor.shift is None:
         return step, multiple, step, multiple
@@ -209,25 +189,24 @@ def _threes(codes: Tensor) -> Tensor:
 
 
 def _pack_tq1_0(tensor: TernaryTensor, codes: Tensor) -> Tensor:
-    return torch.cat([_threes(codes), _half(block_levels(tensor, TQ1_0)[0])], -1)
+    return torch.cat([_threes(codes), _half(_spread_levels(tensor, TQ1_0.width)[0])], -1)
 
 
 def _pack_tq2_0(tensor: TernaryTensor, codes: Tensor) -> Tensor:
-    return torch.cat([_twos(codes), _half(block_levels(tensor, TQ2_0)[0])], -1)
+    return torch.cat([_twos(codes), _half(_spread_levels(tensor, TQ2_0.width)[0])], -1)
 
 
 def _pack_q2_0(tensor: TernaryTensor, codes: Tensor) -> Tensor:
-    return torch.cat([_half(block_levels(tensor, Q2_0)[0]), _join(codes.unflatten(-1, (16, 4)).mT, 2)], -1)
+    return torch.cat([_half(_spread_levels(tensor, Q2_0.width)[0]), _join(codes.unflatten(-1, (16, 4)).mT, 2)], -1)
 
 
 def _pack_q4_0(tensor: TernaryTensor, codes: Tensor) -> Tensor:
-    return torch.cat([_half(block_levels(tensor, Q4_0)[0]), _join((codes + 7).unflatten(-1, (2, 16)), 4)], -1)
+    return torch.cat([_half(_spread_levels(tensor, Q4_0.width)[0]), _join((codes + 7).unflatten(-1, (2, 16)), 4)], -1)
 
 
 def _pack_q4_1(tensor: TernaryTensor, codes: Tensor) -> Tensor:
-    scale, shift = block_levels(tensor, Q4_1)
-    assert shift is not None
-    return torch.cat([_half(scale), _half(shift - scale), _join(codes.unflatten(-1, (2, 16)), 4)], -1)
+    scale, least = _scale_and_least(tensor)
+    return torch.cat([_half(scale), _half(least), _join(codes.unflatten(-1, (2, 16)), 4)], -1)
 
 
 def _pack_q2_k(tensor: TernaryTensor, codes: Tensor) -> Tensor:
