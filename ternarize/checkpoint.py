@@ -36,6 +36,18 @@ from ternarize.progress import quiet_transformers
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -357,6 +369,18 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise _disk_error(target, error) from error
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what a checkpoint has beside config and weights: tokenizer, chat template, generation settings, licence.
+
+    Raises:
+        StoppedError: the disk is full.
+    """
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                copy_file(file, target / file.name)
 
 
 def _sync_and_rename(temporary: Path, path: Path) -> None:

@@ -35,7 +35,7 @@ from ternarize.budget import spend
 from ternarize.calibration import Walk, batches, mix_random, start_walk
 from ternarize.checkpoint import (
     Checkpoint,
-    copy_file,
+    copy_side_files,
     place,
     release,
     tied_parameters,
@@ -57,18 +57,6 @@ from ternarize.text import calibration_windows, fingerprint, load_tokenizer
 from ternarize.workspace import ENDING, OUTSIDE, Workspace, arguments
 
 LEAST_TIME = 60.0  # seconds, below which a distillation is not begun
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def convert(
@@ -331,10 +319,7 @@ def _assemble(job: _Job, parts: list[str], layout: Layout, entries: list[LinearR
     """Make the finished folder from these parts, still inside OUT.partial."""
     plan, recipe, final = job.plan, job.recipe, job.work.final
     output_bytes = job.work.start_final(parts)
-    for pattern in COPIED:
-        for file in job.checkpoint.folder.glob(pattern):
-            if file.is_file():
-                copy_file(file, final / file.name)
+    copy_side_files(job.checkpoint.folder, final)
     config = json.loads((job.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     config |= {
         "architectures": [plan.model],

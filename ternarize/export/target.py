@@ -18,10 +18,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ternarize.architecture import UnfusedExperts
-from ternarize.checkpoint import find_shards, make_skeleton, read_config, read_header, tied_parameters
+from ternarize.checkpoint import (
+    SAFETENSORS_DTYPES,
+    find_shards,
+    make_skeleton,
+    read_config,
+    read_header,
+    tied_parameters,
+)
 from ternarize.errors import FormatError
 from ternarize.format import QUANT_METHOD, Layout
-from ternarize.packing import dequantize_int8
+from ternarize.packing import dequantize_int8, split_int8
 from ternarize.progress import Progress
 from ternarize.quantizer import check_names, quant_method
 from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, TiedInt8Head
@@ -29,6 +36,7 @@ from ternarize.swap import replace_float_modules
 from ternarize.tensor import TernaryTensor
 
 EXACT = 2**-9
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,16 @@ class Exactness:
 
 
 class Target(Protocol):
-    """One format. A new one is a class with these five, and an entry in the registry of `ternarize.export`."""
+    """One format. A new one is a class with these six, and an entry in the registry of `ternarize.export`.
 
-    name: str  # "metal", "gguf-tq2_0", ...
+    Attributes:
+        name: "metal", "gguf-tq2_0", ...; that of a format which is a single file starts with the file's ending and "-".
+        tolerance: how far the reader's logits may lie from the student's for an exact model, in the mean and as a share
+            of their spread: `TOLERANCE`, or what the reader's own arithmetic (int8 activations) makes.
+    """
+
+    name: str
+    tolerance: float
 
     def check(self, folder: TernaryFolder) -> Exactness:
         """Whether the format holds this model.
@@ -101,7 +116,9 @@ class TernaryFolder:
         config = read_config(path)
         layout = Layout.from_config(_fields(config.quantization_config))
         self._files = find_shards(path)
-        self._where = {name: file for file in self._files for name in read_header(file)}
+        headers = {file: read_header(file) for file in self._files}
+        self._where = {name: file for file, header in headers.items() for name in header}
+        self._stored = {name: kind for header in headers.values() for name, (kind, _) in header.items()}
         self._open(path, config, layout)
         check_names(self.model, [str(file) for file in self._files])
 
@@ -142,6 +159,11 @@ class TernaryFolder:
                     digest.update(part)
         return digest.hexdigest()
 
+    @property
+    def table_dtype(self) -> torch.dtype:
+        """The float type that holds an int8 table best at the size of the model's own."""
+        return torch.float16 if self.dtype.itemsize == 2 else self.dtype
+
     def ternary(self, name: str) -> TernaryTensor:
         """One ternary weight; its scale and shift are float16.
 
@@ -167,12 +189,20 @@ class TernaryFolder:
             stored = dequantize_int8(stored, self.shape(name)[1], self.layout.int8_group_size)
         return stored.to(dtype) if dtype is not None and stored.is_floating_point() else stored
 
+    def int8_codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of a table in `int8`: codes int8 [V, H], and scales float16 [V, ceil(H / int8_group_size)]."""
+        return split_int8(self._read(name), self.shape(name)[1])
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one of `rest`, as `tensor` gives it; nothing is read."""
         if module := self._int8.get(name):
             columns = module.embedding_dim if isinstance(module, Int8Embedding) else module.in_features
             return module.weight.shape[0], columns
         return tuple(self.model.state_dict()[name].shape)
+
+    def stored(self, name: str) -> torch.dtype:
+        """The float type in which the folder holds one of `rest`; an int8 table, `table_dtype`."""
+        return self.table_dtype if name in self._int8 else SAFETENSORS_DTYPES.get(self._stored[name], torch.bfloat16)
 
     def _read(self, name: str) -> Tensor:
         with safe_open(self._where[name], framework="pt") as file:
