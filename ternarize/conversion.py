@@ -44,6 +44,9 @@ from ternarize.checkpoint import (
 )
 from ternarize.ending import tune_ending
 from ternarize.evaluate import Evaluation, load_any
+from ternarize.export import find_targets
+from ternarize.export.export import check_places, export, export_places
+from ternarize.export.planned import check_before
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, Plan, check_room, make_plan
@@ -70,6 +73,8 @@ def convert(
     resume: bool = False,
     force: bool = False,
     budget: float | None = None,
+    formats: list[str] | None = None,
+    allow_lossy: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Convert a checkpoint to ternary.
@@ -84,6 +89,9 @@ def convert(
         resume: go on with an interrupted conversion of the same arguments.
         force: replace what is at `output`, once the new folder is complete, and forget an interrupted conversion.
         budget: seconds for all of it; the distillation, where the recipe has one, gets what fit and tune leave.
+        formats: other formats to write beside `output`, see `ternarize.export`; refused before anything is computed
+            where one of them cannot hold what the recipe makes.
+        allow_lossy: write those, too.
         progress: where messages go.
 
     Returns:
@@ -101,6 +109,9 @@ def convert(
     work.refuse_inside(checkpoint.folder)
     plan = make_plan(checkpoint, chosen)
     check_room(plan, work.output)
+    if formats:
+        check_before(checkpoint, plan, chosen, formats, allow_lossy)
+        check_places(work.output, export_places(work.output, find_targets(formats), None), force)
     with work.stoppable(plan.peak_memory):
         work.open(arguments(checkpoint, chosen, device))
         job = _Job(checkpoint, plan, chosen, work, progress, device, str(source), revision)
@@ -117,6 +128,8 @@ def convert(
     report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory())
     hub.save_report(work.final, report)
     work.publish()
+    if formats:
+        export(work.output, formats, allow_lossy=allow_lossy, force=force, progress=progress)
     return report
 
 

@@ -13,7 +13,9 @@ from ternarize.cli.app import app
 from ternarize.cli.options import (
     DeviceOption,
     Folder,
+    FormatOption,
     JsonOption,
+    LossyOption,
     QuietOption,
     RecipeOption,
     RevisionOption,
@@ -23,6 +25,7 @@ from ternarize.cli.options import (
     TextOption,
     TimeOption,
     check_device,
+    split_formats,
 )
 from ternarize.printing import print_json, say_verdict, summarize_kept, table
 from ternarize.progress import Progress, duration, parse_duration, parse_size, size
@@ -46,6 +49,8 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder, start over.")] = False,
     time_budget: TimeOption = None,
     target_size: SizeOption = None,
+    formats: FormatOption = None,
+    allow_lossy: LossyOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -68,6 +73,8 @@ def convert(
         resume=resume,
         force=force,
         budget=None if time_budget is None else parse_duration(time_budget),
+        formats=split_formats(formats),
+        allow_lossy=allow_lossy,
         progress=progress,
     )
     verdict = report.run["verdict"]
