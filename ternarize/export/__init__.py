@@ -4,6 +4,7 @@ target     what a format is (`Target`), and what it is made from (`TernaryFolder
 regroup    a ternary weight in the groups that another format has
 stock      what the formats that are Hugging Face folders share; one file each for dense, metal (and mlx),
            compressed, gptq, bitnet
+gguf       files for llama.cpp, and back
 planned    a folder that is not there yet, to refuse a format before calibration
 export     check, say, refuse or write; export.json
 verify     reload with the format's own reader, and compare
@@ -22,6 +23,8 @@ def targets() -> dict[str, Target]:
     from ternarize.export.bitnet import BitNet
     from ternarize.export.compressed import CompressedTensors
     from ternarize.export.dense import Dense
+    from ternarize.export.gguf.blocks import TYPES
+    from ternarize.export.gguf.target import GgufTarget
     from ternarize.export.gptq import Gptq
     from ternarize.export.metal import Metal, Mlx
 
@@ -34,6 +37,7 @@ def targets() -> dict[str, Target]:
         CompressedTensors(),
         Gptq(),
         BitNet(),
+        *(GgufTarget(kind) for kind in TYPES),
     ]
     return {target.name: target for target in known}
 

@@ -10,9 +10,9 @@ A row is cut into blocks of `width` columns; a block holds the trits as codes t 
     Q2_K    256   16 bytes s + 16 n, one for 16 columns,               d s (t + 1) - e n,  s and n in 0..15
                   64 bytes of codes, fp16 d, fp16 e
 
-A block, of Q2_K 16 columns of one, must lie in one group; `regroup` sees to that, with loss where it must. Scales are fp16
-in a ternarize folder too, and are copied. What Q4_1 and Q2_K add is rounded to fp16, by at most 2^-11 of it; Q2_K's scales
-of 16 columns are multiples of one for 256, so that they are exact where those 256 share a group, and seldom elsewhere.
+A block, of Q2_K 16 columns of one, must lie in one group; `regroup` sees to that, with loss where it must. Scales are
+fp16 in a ternarize folder too, and are copied. What Q4_1 and Q2_K add is rounded to fp16, by at most 2^-11 of it. The
+scales that Q2_K has for 16 columns are multiples of one for 256: exact where those share a group, and seldom elsewhere.
 
 Layouts: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/llama.cpp.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ternarize.errors import FormatError
 from ternarize.tensor import TernaryTensor, expand_groups
+
 
 @dataclass(frozen=True)
 class BlockType:
@@ -245,7 +246,7 @@ def unpack(record: Tensor, kind: BlockType, name: str) -> TernaryTensor:
     scale = half.contiguous().view(torch.float16).squeeze(-1)
     trits = _UNPACKERS[kind.name](packed).to(torch.int8)
     if int(trits.abs().max()) > 1:
-        raise FormatError(f"{name} has levels in {kind.name} that are not -1, 0 or 1 times its scale: it is not ternary.")
+        raise FormatError(f"{name} is not ternary: in {kind.name} it has levels beside -1, 0 and 1 times its scale.")
     if not bool(torch.isfinite(scale).all()):
         raise FormatError(f"{name} has scales that are NaN or infinite: the file is damaged.")
     sign = scale.sign().to(torch.int8)  # a block of zeros has scale 0

@@ -22,8 +22,8 @@ _FLOAT32 = 0  # ggml's number of the type
 def logits(file: Path, ids: Tensor) -> Tensor:
     """What llama.cpp predicts, float32 [B, T, V], for token ids int64 [B, T].
 
-    Keys and values are kept in float32. Before a product with blocks llama.cpp rounds activations to 8 bits; what a file
-    says beyond that is seen in its `float_copy`.
+    Keys and values are kept in float32. llama.cpp rounds activations to 8 bits before a product with
+    blocks; what a file says without that is seen in its `float_copy`.
 
     Raises:
         TernarizeError: llama-cpp-python is not installed, or refuses the file.
@@ -47,7 +47,9 @@ def float_copy(file: Path) -> Iterator[Path]:
         params.allow_requantize = True
         params.nthread = torch.get_num_threads()
         if native.llama_model_quantize(str(file).encode(), str(copy).encode(), ctypes.byref(params)):
-            raise TernarizeError(f"{file}: llama.cpp cannot read its weights: {'; '.join(reasons) or 'no reason given'}")
+            raise TernarizeError(
+                f"{file}: llama.cpp cannot read its weights: {'; '.join(reasons) or 'no reason given'}"
+            )
         yield copy
 
 
@@ -108,7 +110,7 @@ def _messages(native: Any) -> Iterator[list[str]]:
     try:
         yield found
     finally:
-        native.llama_log_set(ctypes.cast(None, native.llama_log_callback), None)
+        native.llama_log_set(native.llama_log_callback(), None)
 
 
 @contextmanager

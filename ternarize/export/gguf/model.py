@@ -34,7 +34,7 @@ def architecture(folder: TernaryFolder) -> str:
         )
     gemma = name == "gemma3"
     activation = getattr(config, "hidden_activation" if gemma else "hidden_act", None)
-    wanted = {"hidden_act": (activation, "gelu_pytorch_tanh" if gemma else "silu")}
+    wanted: dict[str, tuple[Any, Any]] = {"hidden_act": (activation, "gelu_pytorch_tanh" if gemma else "silu")}
     if gemma:
         wanted["query_pre_attn_scalar"] = (config.query_pre_attn_scalar, _attention_scalar(config))
         wanted["attn_logit_softcapping"] = (config.attn_logit_softcapping, None)
@@ -101,14 +101,14 @@ def tensor_names(folder: TernaryFolder, name: str) -> dict[str, str]:
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     mapping = gguf.get_tensor_name_map(arch, folder.config.num_hidden_layers)
     ours = [f"{linear}.weight" for linear in folder.linears] + folder.rest
-    names = {ours_: mapping.get_name(ours_, (".weight", ".bias")) for ours_ in ours}
-    for ours_, theirs in names.items():
-        if theirs is None:
+    names = {tensor: str(mapping.get_name(tensor, (".weight", ".bias")) or "") for tensor in ours}
+    for tensor, theirs in names.items():
+        if not theirs:
             raise UnsupportedModelError(
-                f"{folder.path}: llama.cpp's {name} has no tensor {ours_}. "
+                f"{folder.path}: llama.cpp's {name} has no tensor {tensor}. "
                 "Export it to another format, or run it with ternarize."
             )
-    return dict(sorted(names.items(), key=lambda item: _position(item[1] or "")))
+    return dict(sorted(names.items(), key=lambda item: _position(item[1])))
 
 
 def row_order(config: Any, name: str) -> Tensor | None:
@@ -174,9 +174,7 @@ def _window_period(config: Any) -> int:
 
 def _layer_types(config: Any) -> list[str]:
     period = _window_period(config)
-    return [
-        "sliding_attention" if (i + 1) % period else "full_attention" for i in range(config.num_hidden_layers)
-    ]
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(config.num_hidden_layers)]
 
 
 def _position(name: str) -> tuple[int, int, str]:

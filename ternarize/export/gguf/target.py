@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +53,10 @@ class GgufTarget:
         kind: what the ternary weights are written as, where they can be.
     """
 
+    tolerance = (
+        0.02  # llama.cpp takes Gemma's GELU from a table in fp16; without it, differences are a thousandth of this
+    )
+
     def __init__(self, kind: BlockType) -> None:
         self.kind = kind
         self.name = f"gguf-{kind.name.lower()}"
@@ -74,8 +77,8 @@ class GgufTarget:
             widths = sorted({columns for _, columns in folder.linears.values()})
             others = [f"gguf-{kind.name.lower()}" for kind in FALLBACKS if any(map(kind.fits, widths))]
             raise UnsupportedModelError(
-                f"{self.name} has blocks of {self.kind.width} weights, and no linear of {folder.path} has rows of whole "
-                f"blocks: they have {', '.join(map(str, widths))} columns. Export to "
+                f"{self.name} has blocks of {self.kind.width} weights, and no linear of {folder.path} has rows of "
+                f"whole blocks: they have {', '.join(map(str, widths))} columns. Export to "
                 f"{' or '.join(others) or 'another format'}."
             )
         return chosen
@@ -178,6 +181,7 @@ def _parts(folder: TernaryFolder, names: dict[str, str], plan: dict[str, BlockTy
     factors = rope_factors(folder)
     if factors is not None:
         parts.append(_Part(ROPE_FACTORS, F32, tuple(factors.shape), lambda: factors))
+    shape: tuple[int, ...]
     for ours, theirs in names.items():
         linear = ours.removesuffix(".weight")
         if linear in plan:

@@ -1,8 +1,8 @@
 """A tokenizer as llama.cpp has it: byte-level BPE ("gpt2"), or SentencePiece's BPE over characters ("llama").
 
 llama.cpp knows how a text is split before the merges by a name. Its own converter finds the name by a hash of what a
-tokenizer makes of a fixed text; here it is found by the patterns in tokenizer.json, so that a tokenizer with other words
-but the same patterns is found too, and an unknown one is refused.
+tokenizer makes of a fixed text; here it is found by the patterns in tokenizer.json, so that a tokenizer with other
+words but the same patterns is found too, and an unknown one is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ PRE_TOKENIZERS = {
     ((_TEKKEN,), True): "tekken",
 }
 
+_NEVER = "<no> <merges>"  # of two texts that are no tokens: llama.cpp wants one merge at least
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
 
 
@@ -95,7 +96,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
             f"the tokenizer is of type {model.get('type')}; GGUF files are written with BPE. Export to another format."
         )
     pieces = model.get("byte_fallback", False)
-    pre = "default" if pieces else _pre_tokenizer(spec.get("normalizer"), pre_tokenizer, model)
+    pre = _pre_tokenizer(spec.get("normalizer"), pre_tokenizer, model)
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     tokens, types = _tokens(model, spec["added_tokens"], rows)
     sample = tokenizer("a")["input_ids"]
@@ -105,41 +106,55 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
         tokens=tokens,
         types=types,
         scores=_scores(tokens, merges) if pieces else None,
-        merges=None if pieces else [" ".join(pair) for pair in merges],
+        merges=None if pieces else [" ".join(pair) for pair in merges] or [_NEVER],
         special=_special(tokenizer, rows),
         add_bos=len(sample) > 1 and sample[0] == tokenizer.bos_token_id,
         add_eos=len(sample) > 1 and sample[-1] == tokenizer.eos_token_id,
-        add_space=pieces and tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0] == "\u2581a",
+        add_space=pieces
+        and tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581"),
         chat_template=_template(tokenizer.chat_template),
     )
 
 
 def _pre_tokenizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None, model: Any) -> str:
-    """llama.cpp's name for how a text is split."""
-    patterns = _patterns(pre_tokenizer)
-    key = (tuple(patterns or ()), bool(model.get("ignore_merges", False)))
-    known = normalizer is None or normalizer.get("type") == "NFC"  # llama.cpp takes text to be NFC
-    if patterns is None or key not in PRE_TOKENIZERS or not known:
-        raise UnsupportedModelError(
-            f"the tokenizer prepares text as {json.dumps([normalizer, pre_tokenizer])[:300]}, which is none of "
-            f"llama.cpp's {', '.join(PRE_TOKENIZERS.values())}. Export to another format."
-        )
-    return PRE_TOKENIZERS[key]
+    """llama.cpp's name for how a text is split; "default" for SentencePiece's, which is not."""
+    if model.get("byte_fallback", False):
+        kinds = {step["type"] for step in (*_steps(normalizer), *_steps(pre_tokenizer))}
+        if kinds <= {"Replace", "Prepend", "Metaspace", "Split"}:
+            return "default"
+    else:
+        key = (tuple(_patterns(pre_tokenizer) or ()), bool(model.get("ignore_merges", False)))
+        if key in PRE_TOKENIZERS and all(step["type"] == "NFC" for step in _steps(normalizer)):
+            return PRE_TOKENIZERS[key]  # NFC: llama.cpp takes text to be that already
+    raise UnsupportedModelError(
+        f"the tokenizer prepares text as {json.dumps([normalizer, pre_tokenizer])[:300]}, which is neither "
+        f"SentencePiece's way nor one of {', '.join(PRE_TOKENIZERS.values())}. Export to another format."
+    )
 
 
-def _patterns(step: dict[str, Any] | None) -> list[str] | None:
+def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one after the other."""
+    if step is None:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    return [inner for one in step.get("normalizers") or step.get("pretokenizers") or [] for inner in _steps(one)]
+
+
+def _patterns(pre_tokenizer: dict[str, Any] | None) -> list[str] | None:
     """The patterns that a pre-tokenizer splits by, one after the other; None where it does anything else."""
-    match step:
-        case {"type": "Sequence", "pretokenizers": steps}:
-            parts = [_patterns(one) for one in steps]
-            return None if None in parts else [pattern for part in parts for pattern in part or ()]
-        case {"type": "Digits", "individual_digits": True}:
-            return [_DIGIT]
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-            return [pattern]
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            return [_GPT2] if step.get("use_regex", True) else []
-    return None
+    patterns = []
+    for step in _steps(pre_tokenizer):
+        match step:
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(_DIGIT)
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+                patterns.append(pattern)
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                patterns += [_GPT2] if step.get("use_regex", True) else []
+            case _:
+                return None
+    return patterns
 
 
 def _tokens(model: dict[str, Any], added: list[dict[str, Any]], rows: int) -> tuple[list[str], list[int]]:
