@@ -87,26 +87,25 @@ def add_settings(writer: Any, config: Any) -> None:
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
-def tensor_names(folder: TernaryFolder, name: str) -> dict[str, str]:
-    """{a weight or bias: its name in a GGUF file}, in the order of the model, the linears' weights among the rest.
+def tensor_names(arch: str, layers: int, tensors: list[str]) -> dict[str, str]:
+    """{a weight or bias by our name: its name in a GGUF file}, in the order in which they lie there.
 
     Args:
-        name: from `architecture`.
+        arch: from `architecture`.
+        layers: how many blocks the model has.
 
     Raises:
         UnsupportedModelError: a tensor that llama.cpp has no name for.
     """
     import gguf
 
-    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
-    mapping = gguf.get_tensor_name_map(arch, folder.config.num_hidden_layers)
-    ours = [f"{linear}.weight" for linear in folder.linears] + folder.rest
-    names = {tensor: str(mapping.get_name(tensor, (".weight", ".bias")) or "") for tensor in ours}
+    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
+    mapping = gguf.get_tensor_name_map(number, layers)
+    names = {tensor: str(mapping.get_name(tensor, (".weight", ".bias")) or "") for tensor in tensors}
     for tensor, theirs in names.items():
         if not theirs:
             raise UnsupportedModelError(
-                f"{folder.path}: llama.cpp's {name} has no tensor {tensor}. "
-                "Export it to another format, or run it with ternarize."
+                f"llama.cpp's {arch} has no tensor {tensor}. Export to another format, or run it with ternarize."
             )
     return dict(sorted(names.items(), key=lambda item: _position(item[1])))
 

@@ -86,7 +86,7 @@ class GgufTarget:
     def check(self, folder: TernaryFolder) -> Exactness:
         """As in `Target`; only weights that their layout alone does not make exact are read."""
         load_gguf()
-        tensor_names(folder, architecture(folder))
+        _names(folder)
         _vocabulary(folder)
         plan = self.plan(folder)
         layout = folder.layout
@@ -111,7 +111,7 @@ class GgufTarget:
     def sizes(self, folder: TernaryFolder) -> tuple[int, int]:
         """As in `Target`; the tokenizer, which lies in the same file, is not counted."""
         plan = self.plan(folder)
-        parts = _parts(folder, tensor_names(folder, architecture(folder)), plan)
+        parts = _parts(folder, _names(folder), plan)
         ternary = sum(kind.bytes(*folder.linears[name]) for name, kind in plan.items())
         return ternary, sum(part.kind.bytes(1, part.count) for part in parts)
 
@@ -119,7 +119,7 @@ class GgufTarget:
         """As in `Target`: one file."""
         gguf = load_gguf()
         arch = architecture(folder)
-        parts = _parts(folder, tensor_names(folder, arch), self.plan(folder))
+        parts = _parts(folder, _names(folder), self.plan(folder))
         writer = gguf.GGUFWriter(output, arch)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(folder.path.resolve().name)
@@ -194,6 +194,11 @@ def _parts(folder: TernaryFolder, names: dict[str, str], plan: dict[str, BlockTy
             read = _float_reader(folder, ours, kind)
         parts.append(_Part(theirs, kind, shape, read))
     return parts
+
+
+def _names(folder: TernaryFolder) -> dict[str, str]:
+    tensors = [f"{linear}.weight" for linear in folder.linears] + folder.rest
+    return tensor_names(architecture(folder), folder.config.num_hidden_layers, tensors)
 
 
 def _linear_reader(folder: TernaryFolder, name: str, kind: BlockType) -> Callable[[], Tensor]:

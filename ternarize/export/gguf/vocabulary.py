@@ -132,6 +132,24 @@ def _pre_tokenizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, A
     )
 
 
+def pre_tokenizer_of(name: str) -> Any:
+    """The pre-tokenizer of byte-level BPE that llama.cpp calls so.
+
+    Raises:
+        UnsupportedModelError: none of `PRE_TOKENIZERS`.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    for (patterns, _), known in PRE_TOKENIZERS.items():
+        if known == name:
+            splits: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+            level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            return pre_tokenizers.Sequence([*splits, level])
+    raise UnsupportedModelError(
+        f"the tokenizer splits text in the way {name!r}; known are {', '.join(PRE_TOKENIZERS.values())}."
+    )
+
+
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, one after the other."""
     if step is None:
