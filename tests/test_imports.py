@@ -55,6 +55,7 @@ ORDER = (
     "workspace",
     "refine",
     "export",
+    "importing",
     "conversion",
     "plot",
     "printing",

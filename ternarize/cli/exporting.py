@@ -1,16 +1,17 @@
-"""export, verify."""
+"""export, verify, import."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from ternarize.cli.app import app
-from ternarize.cli.options import Folder, JsonOption, LossyOption, QuietOption, split_formats
+from ternarize.cli.options import Folder, JsonOption, LossyOption, QuietOption, RevisionOption, Source, split_formats
 from ternarize.errors import TernarizeError
-from ternarize.printing import columns, print_json
+from ternarize.printing import columns, print_json, table
 from ternarize.progress import Progress, size
 
 
@@ -103,3 +104,38 @@ def verify(
     ]
     if wrong:
         raise TernarizeError("; ".join(wrong))
+
+
+@app.command("import")
+def import_(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    skip: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A linear to leave as it is: full name, wildcards, or re: and an expression. Repeatable."),
+    ] = None,
+    revision: RevisionOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a folder of a checkpoint that is ternary already (BitNet, or floats of three levels), without loss."""
+    from ternarize.importing import import_checkpoint
+    from ternarize.sources import resolve
+
+    found = import_checkpoint(
+        resolve(source, revision), output, tuple(skip or ()), force=force, progress=Progress(quiet or as_json)
+    )
+    if as_json:
+        print_json(asdict(found))
+        return
+    sizes = ", ".join(f"{size} ({count})" for size, count in sorted(found.group_sizes.items()))
+    table(
+        [
+            ("output", str(output)),
+            ("ternary linears", str(found.linears)),
+            ("group size (linears)", sizes),
+            ("shift", "yes" if found.shift else "no"),
+            ("bits per ternary weight", f"{found.bits_per_ternary_weight:.3f}"),
+        ]
+    )
