@@ -131,7 +131,7 @@ def import_checkpoint(
         for index, block in enumerate(blocks):
             for name, tensor in opened.block(f"{path}.{index}", block)[0].items():
                 bias = getattr(opened.model.get_submodule(name), "bias", None)
-                linear = TernaryLinear.from_tensor(_with_shift(tensor, shift), bias)
+                linear = TernaryLinear.from_tensor(with_shift(tensor, shift), bias)
                 stored += sum(buffer.nbytes for buffer in linear.buffers())
                 weights += linear.in_features * linear.out_features
                 replace_module(opened.model, name, linear)
@@ -202,7 +202,7 @@ def _moved(groups: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(scale > 0, scale, 1.0), (high + low) / 2
 
 
-def _with_shift(tensor: TernaryTensor, shift: bool) -> TernaryTensor:
+def with_shift(tensor: TernaryTensor, shift: bool) -> TernaryTensor:
     """The same weight with a shift of 0, where its folder has shifts."""
     if not shift or tensor.shift is not None:
         return tensor

@@ -23,8 +23,16 @@ from ternarize.block import embedding_multiplier
 from ternarize.checkpoint import make_skeleton, tied_parameters, write_text
 from ternarize.errors import FormatError, TernarizeError, UnsupportedModelError
 from ternarize.export.export import check_places, replacing
-from ternarize.export.gguf.blocks import Q2_0, Q4_0, TQ1_0, TQ2_0, unpack
-from ternarize.export.gguf.model import ARCHITECTURES, ROPE_FACTORS, norm_offset, row_order, tensor_names
+from ternarize.export.gguf.blocks import Q2_0, Q4_0, TQ1_0, TQ2_0, read_blocks, unpack
+from ternarize.export.gguf.model import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    attention_scalar,
+    layer_types,
+    norm_offset,
+    row_order,
+    tensor_names,
+)
 from ternarize.export.gguf.package import load_gguf
 from ternarize.export.gguf.vocabulary import pre_tokenizer_of
 from ternarize.export.stock import write_shards
@@ -35,6 +43,7 @@ from ternarize.runtime import TernaryLinear
 from ternarize.tensor import TernaryTensor
 
 BLOCKS = {kind.name: kind for kind in (TQ1_0, TQ2_0, Q2_0, Q4_0)}
+PERIOD = "attention.sliding_window_pattern"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -147,6 +156,7 @@ class _File:
                 self.tokenizer = _tokenizer(source, reader)
         except (ValueError, KeyError, OSError, NotImplementedError, RuntimeError, TypeError) as error:
             raise TernarizeError(f"{source}: transformers cannot read this GGUF file: {error}") from error
+        _complete(self.config, self.tokenizer, {name: f.contents() for name, f in reader.fields.items()}, source)
         self.model = make_skeleton(self.config, source)
         state = self.model.state_dict()
         ours = [name for name in state if name not in tied_parameters(self.model)]
@@ -207,7 +217,8 @@ class _File:
         module = self.model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(module, nn.Embedding):
             return 1.0
-        module.weight = nn.Parameter(torch.ones(64, module.embedding_dim), requires_grad=False)
+        rows = torch.ones(1, module.embedding_dim).expand(module.num_embeddings, -1)
+        module.weight = nn.Parameter(rows, requires_grad=False)
         return embedding_multiplier(module, name)
 
     def float(self, name: str) -> Tensor:
@@ -223,8 +234,12 @@ class _File:
 
     def _read(self, name: str) -> Tensor:
         tensor = self.tensors[self.names[name]]
-        values = self.gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type)
-        found = torch.from_numpy(np.array(values, dtype=np.float32))
+        if tensor.tensor_type.name == Q2_0.name:  # which gguf 0.19 does not dequantize
+            scale, codes = read_blocks(torch.from_numpy(np.array(tensor.data)), Q2_0)
+            found = (scale.float()[..., None] * codes).flatten(1)
+        else:
+            values = self.gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type)
+            found = torch.from_numpy(np.array(values, dtype=np.float32))
         if tuple(found.shape) != self.shapes[name]:
             raise TernarizeError(
                 f"{name} is {list(found.shape)} in {self.source.name}, and {list(self.shapes[name])} by its settings."
@@ -239,6 +254,30 @@ class _File:
         return torch.where(scale == 0, torch.tensor(2.0**-14).half(), scale), blocks[..., 2:].contiguous().view(
             torch.int8
         )
+
+
+def _complete(config: Any, tokenizer: Any, fields: dict[str, Any], source: Path) -> None:
+    """Give a config what transformers leaves out, or fills with defaults, where it reads a GGUF file's metadata.
+
+    Raises:
+        UnsupportedModelError: rotary positions that are scaled.
+    """
+    arch = fields["general.architecture"]
+    if fields.get(f"{arch}.rope.scaling.type", "none") != "none":
+        raise UnsupportedModelError(f"{source} scales its rotary positions, which is not imported.")
+    for token in ("bos", "eos", "pad"):
+        number = getattr(tokenizer, f"{token}_token_id")
+        known = number is not None and number < config.vocab_size  # transformers adds tokens that a family usually has
+        setattr(config, f"{token}_token_id", number if known else None)
+    width = int(fields.get(f"{arch}.attention.key_length", 0))
+    if width:
+        config.head_dim = width
+    if arch == "gemma3":
+        config.query_pre_attn_scalar = attention_scalar(config)
+        config.layer_types = layer_types(config.num_hidden_layers, int(fields.get(f"{arch}.{PERIOD}", 6)))
+        local = float(fields.get(f"{arch}.rope.freq_base_swa", 10000.0))
+        config.rope_parameters["sliding_attention"] = {"rope_type": "default", "rope_theta": local}
+        config.final_logit_softcapping = fields.get(f"{arch}.final_logit_softcapping")
 
 
 def _tokenizer(source: Path, reader: Any) -> PreTrainedTokenizerBase:

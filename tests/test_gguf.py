@@ -26,6 +26,7 @@ from ternarize.export.gguf.vocabulary import read_vocabulary
 from ternarize.export.regroup import regroup
 from ternarize.export.target import TernaryFolder
 from ternarize.export.verify import verify
+from ternarize.importing_gguf import import_gguf
 from ternarize.progress import Progress
 from ternarize.tensor import TernaryTensor, group_count
 
@@ -159,9 +160,11 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim"
 IDS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
-def convert(place: Path, text: Path, family: str, shape: dict[str, Any], **changes: Any) -> Path:
+def convert(place: Path, text: Path, family: str, shape: dict[str, Any], tokenizer: Any = None, **changes: Any) -> Path:
     """A tiny model made ternary without calibration."""
     source = make_checkpoint(place / "source", family, chat=True, **shape)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(source)
     free = {"feedback": False, "curvature": False, "refit": False, "correction": 0.0}
     layout = {"grid": "symmetric", "group_size": 256, "int8_group_size": 64, "scale_bits": 16, "shift_bits": 16}
     conversion.convert(source, place / "student", make_recipe(text, **(layout | free | changes)), progress=QUIET)
@@ -406,3 +409,86 @@ def test_rows_without_a_token_and_the_chat_template_are_there() -> None:
 def test_an_unknown_tokenizer_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"(?s)prepares text as .*Whitespace.* nor one of gpt-2"):
         read_vocabulary(byte_level(pre_tokenizers.Whitespace()), 300)
+
+
+# -- and back --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worded(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Converted folders with a tokenizer that has merges, as all that there are."""
+    made = {}
+    for name in ("llama", "qwen2", "gemma3_text"):
+        place = tmp_path_factory.mktemp(f"worded-{name}")
+        shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "bos_token_id": 0}
+        shape |= {"query_pre_attn_scalar": 64} if name == "gemma3_text" else {}
+        tokenizer = sentencepiece() if name == "gemma3_text" else TOKENIZERS["smollm"]()
+        folder = convert(place, text, name, shape, group_size=64, tokenizer=tokenizer)
+        made[name] = folder
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_an_export_comes_back_bit_for_bit(family: str, worded: dict[str, Path], tmp_path: Path) -> None:
+    (done,) = export(worded[family], ["gguf-q2_0"], tmp_path / "out", progress=QUIET)
+    found = import_gguf(done.readable, tmp_path / "back", progress=QUIET)
+    assert found.linears == len(TernaryFolder(worded[family]).linears)
+    assert found.group_sizes == {64: found.linears}
+    before, after = TernaryFolder(worded[family]), TernaryFolder(tmp_path / "back")
+    for name in before.linears:
+        assert torch.equal(before.ternary(name).trits, after.ternary(name).trits)
+        assert torch.equal(before.ternary(name).scale, after.ternary(name).scale)
+    assert before.rest == after.rest
+    assert before.int8 == after.int8
+    for name in before.rest:
+        one = float(family == "gemma3_text" and name.endswith("norm.weight"))  # which llama.cpp adds, and Gemma uses
+        assert torch.equal(before.tensor(name).float() + one, after.tensor(name).float() + one)
+    model, tokenizer = ternarize.load(worded[family], dtype=torch.float32)
+    again, same = ternarize.load(tmp_path / "back", dtype=torch.float32)
+    assert [tokenizer(text)["input_ids"] for text in TEXTS] == [same(text)["input_ids"] for text in TEXTS]
+    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_other_exact_types_come_back_too(worded: dict[str, Path], tmp_path: Path) -> None:
+    before = TernaryFolder(worded["llama"])
+    for name in ("gguf-q4_0", "gguf-q4_1", "gguf-tq2_0"):  # the last by allowing loss: 64 columns are no group of 256
+        (done,) = export(worded["llama"], [name], tmp_path / name, allow_lossy=True, progress=QUIET)
+        import_gguf(done.readable, tmp_path / f"back-{name}", progress=QUIET)
+        after = TernaryFolder(tmp_path / f"back-{name}")
+        same = [torch.equal(before.ternary(n).dequantize(), after.ternary(n).dequantize()) for n in before.linears]
+        assert all(same) == done.exact
+
+
+@needs_llama
+def test_what_llama_cpp_quantized_is_imported_or_refused_by_name(worded: dict[str, Path], tmp_path: Path) -> None:
+    (done,) = export(worded["llama"], ["gguf-q2_0"], tmp_path / "out", progress=QUIET)
+    quantize(done.readable, tmp_path / "q2_0.gguf", "Q2_0")
+    import_gguf(tmp_path / "q2_0.gguf", tmp_path / "back", progress=QUIET)
+    before, after = TernaryFolder(worded["llama"]), TernaryFolder(tmp_path / "back")
+    for name in before.linears:
+        assert torch.equal(before.ternary(name).dequantize(), after.ternary(name).dequantize())
+    quantize(done.readable, tmp_path / "q5_0.gguf", "Q5_0")
+    with pytest.raises(TernarizeError, match=r"q_proj is Q5_0 in q5_0\.gguf, and not ternary.*--skip"):
+        import_gguf(tmp_path / "q5_0.gguf", tmp_path / "no", progress=QUIET)
+    assert not (tmp_path / "no").exists()
+
+
+def quantize(before: Path, after: Path, kind: str) -> None:
+    """As llama.cpp's own quantizer does."""
+    import ctypes
+
+    from llama_cpp import llama_cpp as native
+
+    params = native.llama_model_quantize_default_params()
+    params.ftype = getattr(native, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.allow_requantize = params.pure = True
+    assert native.llama_model_quantize(str(before).encode(), str(after).encode(), ctypes.byref(params)) == 0
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"nothing of the kind, but long enough to be looked at" * 9)
+    for name in ("x.gguf", "absent.gguf"):
+        with pytest.raises(TernarizeError, match="is not a GGUF file, or damaged"):
+            import_gguf(tmp_path / name, tmp_path / "out", progress=QUIET)

@@ -56,6 +56,7 @@ ORDER = (
     "refine",
     "export",
     "importing",
+    "importing_gguf",
     "conversion",
     "plot",
     "printing",

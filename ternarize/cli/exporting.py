@@ -119,13 +119,16 @@ def import_(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a folder of a checkpoint that is ternary already (BitNet, or floats of three levels), without loss."""
+    """Make a folder of what is ternary already (BitNet, floats of three levels, a .gguf file), without loss."""
     from ternarize.importing import import_checkpoint
+    from ternarize.importing_gguf import import_gguf
     from ternarize.sources import resolve
 
-    found = import_checkpoint(
-        resolve(source, revision), output, tuple(skip or ()), force=force, progress=Progress(quiet or as_json)
-    )
+    progress = Progress(quiet or as_json)
+    if Path(source).suffix == ".gguf":
+        found = import_gguf(Path(source).expanduser(), output, tuple(skip or ()), force, progress)
+    else:
+        found = import_checkpoint(resolve(source, revision), output, tuple(skip or ()), force, progress)
     if as_json:
         print_json(asdict(found))
         return

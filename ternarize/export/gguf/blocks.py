@@ -229,6 +229,19 @@ _PACKERS: dict[str, Callable[[TernaryTensor, Tensor], Tensor]] = {
 # -- back ------------------------------------------------------------------------------------------------------------
 
 
+def read_blocks(record: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
+    """Scales fp16 [O, B] and codes int8 [O, B, width], of which 0 is the weight 0, of a type with scales alone.
+
+    Args:
+        record: uint8 [O, bytes].
+        kind: TQ1_0, TQ2_0, Q2_0 or Q4_0.
+    """
+    blocks = record.unflatten(-1, (-1, kind.size))
+    first = kind in (Q2_0, Q4_0)
+    half, packed = (blocks[..., :2], blocks[..., 2:]) if first else (blocks[..., -2:], blocks[..., :-2])
+    return half.contiguous().view(torch.float16).squeeze(-1), _UNPACKERS[kind.name](packed).to(torch.int8)
+
+
 def unpack(record: Tensor, kind: BlockType, name: str) -> TernaryTensor:
     """What `pack` was given, or what llama.cpp quantized: trits and fp16 scales as they are stored, of the largest
     groups that say the same.
@@ -240,11 +253,7 @@ def unpack(record: Tensor, kind: BlockType, name: str) -> TernaryTensor:
     Raises:
         FormatError: a code that is no trit, or a scale that is not finite.
     """
-    blocks = record.unflatten(-1, (-1, kind.size))
-    first = kind in (Q2_0, Q4_0)
-    half, packed = (blocks[..., :2], blocks[..., 2:]) if first else (blocks[..., -2:], blocks[..., :-2])
-    scale = half.contiguous().view(torch.float16).squeeze(-1)
-    trits = _UNPACKERS[kind.name](packed).to(torch.int8)
+    scale, trits = read_blocks(record, kind)
     if int(trits.abs().max()) > 1:
         raise FormatError(f"{name} is not ternary: in {kind.name} it has levels beside -1, 0 and 1 times its scale.")
     if not bool(torch.isfinite(scale).all()):

@@ -91,7 +91,7 @@ def _load() -> Any:
         from llama_cpp import llama_cpp as native
     except ImportError as error:
         raise TernarizeError(
-            f"reading a GGUF export needs llama.cpp ({error}). Run: pip install 'llama-cpp-python>=0.3.36'"
+            f"reading a GGUF export needs llama.cpp ({error}). Run: pip install 'ternarize[llama]'"
         ) from error
     return native
 

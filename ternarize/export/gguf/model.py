@@ -36,12 +36,15 @@ def architecture(folder: TernaryFolder) -> str:
     activation = getattr(config, "hidden_activation" if gemma else "hidden_act", None)
     wanted: dict[str, tuple[Any, Any]] = {"hidden_act": (activation, "gelu_pytorch_tanh" if gemma else "silu")}
     if gemma:
-        wanted["query_pre_attn_scalar"] = (config.query_pre_attn_scalar, _attention_scalar(config))
+        wanted["query_pre_attn_scalar"] = (config.query_pre_attn_scalar, attention_scalar(config))
         wanted["attn_logit_softcapping"] = (config.attn_logit_softcapping, None)
         wanted["use_bidirectional_attention"] = (bool(config.use_bidirectional_attention), False)
         local = config.rope_parameters["sliding_attention"]
         wanted["rope_type of sliding_attention"] = (local.get("rope_type", "default"), "default")
-        wanted["layer_types"] = (list(config.layer_types), _layer_types(config))
+        wanted["layer_types"] = (
+            list(config.layer_types),
+            layer_types(config.num_hidden_layers, _window_period(config)),
+        )
     rope = _rope(config)
     wanted["partial_rotary_factor"] = (rope.get("partial_rotary_factor", 1.0), 1.0)
     for setting, (found, needed) in wanted.items():
@@ -160,7 +163,7 @@ def _context(config: Any) -> int:
     return min(limit, window) if window and slides and config.model_type != "gemma3_text" else limit
 
 
-def _attention_scalar(config: Any) -> float:
+def attention_scalar(config: Any) -> float:
     """What Gemma 3 divides its queries by the root of: in llama.cpp the head's width, but for the 27B model."""
     return config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
 
@@ -171,9 +174,9 @@ def _window_period(config: Any) -> int:
     return types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
 
 
-def _layer_types(config: Any) -> list[str]:
-    period = _window_period(config)
-    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(config.num_hidden_layers)]
+def layer_types(layers: int, period: int) -> list[str]:
+    """What Gemma's layers attend to, where the last of each period attends to everything."""
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
 
 
 def _position(name: str) -> tuple[int, int, str]:
