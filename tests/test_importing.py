@@ -29,7 +29,9 @@ def random_ternary(rows: int, columns: int, size: int, shift: bool = False, seed
     trits = torch.randint(-1, 2, (rows, columns), generator=generator, dtype=torch.int8)
     groups = rows, group_count(columns, size)
     scale = (torch.rand(groups, generator=generator) + 0.1).half()
-    return TernaryTensor(trits, scale, (torch.randn(groups, generator=generator) / 4).half() if shift else None, size)
+    return TernaryTensor(
+        trits, scale, (torch.randn(groups, generator=generator) * 16).round().half() / 64 if shift else None, size
+    )
 
 
 @torch.no_grad()
