@@ -190,16 +190,32 @@ def _grouped(weight: Tensor, size: int) -> Tensor:
 
 
 def _symmetric(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift [O, G] if the levels are -s, 0, s: the largest is s. A group of zeros may have any scale."""
+    """Scale and shift [O, G] where the levels are -s, 0, s: the largest is s. A group of zeros may have any scale."""
     scale = groups.abs().amax(-1)
     return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale)
 
 
 def _moved(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift [O, G] if they are the ends and the middle; a group of one level is all shift."""
+    """Scale and shift [O, G] with a shift: three levels are the two ends and the middle.
+
+    Of two levels any two of three may be meant: the first pair whose scale and shift float16 holds is taken. One level
+    is its shift, and what float16 leaves of it.
+    """
     low, high = groups.aminmax(dim=-1)
-    scale = (high - low) / 2
-    return torch.where(scale > 0, scale, 1.0), (high + low) / 2
+    middle, span = (high + low) / 2, high - low
+    three = ((groups > low[..., None]) & (groups < high[..., None])).any(-1)
+    scale, shift = span / 2, middle
+    for other in (low, high):
+        better = ~three & ~(_in_half(scale) & _in_half(shift)) & _in_half(span) & _in_half(other)
+        scale, shift = torch.where(better, span, scale), torch.where(better, other, shift)
+    one = span == 0
+    shift = torch.where(one, low.half().float(), shift)
+    scale = torch.where(one, (low - shift).abs(), scale)
+    return torch.where(scale > 0, scale, 1.0), shift
+
+
+def _in_half(values: Tensor) -> Tensor:
+    return values.half().float() == values
 
 
 def with_shift(tensor: TernaryTensor, shift: bool) -> TernaryTensor:

@@ -1,6 +1,6 @@
 """Plain bfloat16: an ordinary checkpoint that everything reads, at the size of the teacher.
 
-Every weight is `scale * trit + shift` rounded to bfloat16, by at most 2^-9 of it. What was float16 or float32 in the
+Every weight is `scale * trit + shift` rounded to bfloat16, by at most 2^-8 of it. What was float16 or float32 in the
 source is bfloat16 here. A mixture's experts are fused again.
 """
 

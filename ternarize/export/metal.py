@@ -116,7 +116,7 @@ class Mlx(Metal):
         for name in self._int8(folder):
             module = name.removesuffix(".weight")
             quantization[module] = {"group_size": folder.layout.int8_group_size, "bits": 8, "mode": "affine"}
-        return {"quantization": quantization, "quantization_config": quantization} | rope_fields(folder)
+        return {"quantization": quantization, "quantization_config": quantization} | older_fields(folder)
 
     def tables(self, folder: TernaryFolder) -> str:
         """What becomes of int8 tables, in words."""
@@ -170,9 +170,9 @@ class Mlx(Metal):
         return [n for n in folder.int8 if size in GROUP_SIZES and folder.shape(n)[1] % size == 0]
 
 
-def rope_fields(folder: TernaryFolder) -> dict[str, Any]:
-    """The rotary settings under the names that they had before transformers 5, which mlx-lm reads; without them it
-    would go on with its defaults, and with another model.
+def older_fields(folder: TernaryFolder) -> dict[str, Any]:
+    """Rotary settings, and which blocks slide, under the names that they had before transformers 5, which mlx-lm reads;
+    without them it would go on with its defaults, and with another model.
     """
     settings = getattr(folder.config, "rope_parameters", None) or {}
     kinds = settings if any(isinstance(value, dict) for value in settings.values()) else {"full_attention": settings}
@@ -182,4 +182,7 @@ def rope_fields(folder: TernaryFolder) -> dict[str, Any]:
         fields["rope_scaling"] = full if full.get("rope_type", "default") != "default" else None
     if sliding := kinds.get("sliding_attention"):
         fields["rope_local_base_freq"] = sliding["rope_theta"]
+    blocks = list(getattr(folder.config, "layer_types", None) or [])
+    if "full_attention" in blocks and "sliding_attention" in blocks:
+        fields["sliding_window_pattern"] = blocks.index("full_attention") + 1
     return {key: value for key, value in fields.items() if value is not None}

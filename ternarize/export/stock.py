@@ -237,7 +237,7 @@ def transformers_model(output: Path, dtype: torch.dtype | str, **settings: Any) 
         TernarizeError: transformers refuses it, or lacks a package.
     """
     try:
-        with quiet_transformers():
+        with quiet_transformers(), torch.compiler.set_stance("force_eager"):
             return AutoModelForCausalLM.from_pretrained(output, dtype=dtype, trust_remote_code=False, **settings).eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise TernarizeError(f"{output}: transformers cannot load it: {error}") from error

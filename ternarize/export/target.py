@@ -35,7 +35,7 @@ from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, TiedInt8He
 from ternarize.swap import replace_float_modules
 from ternarize.tensor import TernaryTensor
 
-EXACT = 2**-9
+EXACT = 2**-8
 TOLERANCE = 1e-3
 
 
