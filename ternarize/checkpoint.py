@@ -37,6 +37,18 @@ from ternarize.progress import quiet_transformers
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,7 +66,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
+        self.config = read_float_config(folder)
         self.shards = find_shards(folder)
         self._where: dict[str, Path] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -78,17 +90,7 @@ class Checkpoint:
             UnsupportedModelError: transformers has no causal language model for this config.
             TernarizeError: the checkpoint lacks parameters that the model needs, or has others of another shape.
         """
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
-                )
-        except Exception as error:  # a model class raises whatever its arithmetic on a strange config raises
-            raise UnsupportedModelError(
-                f"{self.folder}: transformers cannot build a causal language model of type "
-                f"{self.config.model_type!r}: {error}"
-            ) from error
-        model.eval().requires_grad_(False)
+        model = make_skeleton(self.config, self.folder)
         self._map_names(model)
         return model
 
@@ -193,6 +195,27 @@ class Checkpoint:
                 )
 
 
+def make_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    """The float32 model of a config, its parameters on the meta device and its buffers computed.
+
+    Args:
+        folder: where the config comes from, for messages.
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model for this config.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
+            )
+    except Exception as error:  # a model class raises whatever its arithmetic on a strange config raises
+        raise UnsupportedModelError(
+            f"{folder}: transformers cannot build a causal language model of type {config.model_type!r}: {error}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """{parameter: the parameter whose tensor it shares}."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -261,10 +284,11 @@ def read_header(shard: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a float checkpoint.
+    """A folder's config.json, whatever it says of quantization.
 
     Raises:
-        TernarizeError: not a checkpoint, or already quantized.
+        TernarizeError: not a checkpoint.
+        UnsupportedModelError: transformers cannot read it.
     """
     if not folder.is_dir():
         raise TernarizeError(f"{folder} is not a folder.")
@@ -272,9 +296,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not path.is_file():
         raise TernarizeError(f"{folder} is not a checkpoint: it has no config.json.")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # config classes raise whatever their arithmetic raises
         raise UnsupportedModelError(f"{path}: transformers cannot read this config: {error}") from error
+
+
+def read_float_config(folder: Path) -> PreTrainedConfig:
+    """The config of a float checkpoint.
+
+    Raises:
+        TernarizeError: as in `read_config`.
+        UnsupportedModelError: already quantized.
+    """
+    config = read_config(folder)
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -348,6 +382,18 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise _disk_error(target, error) from error
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what a checkpoint has beside config and weights: tokenizer, chat template, generation settings, licence.
+
+    Raises:
+        StoppedError: the disk is full.
+    """
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                copy_file(file, target / file.name)
 
 
 def _sync_and_rename(temporary: Path, path: Path) -> None:

@@ -35,7 +35,7 @@ from ternarize.budget import spend
 from ternarize.calibration import Walk, batches, mix_random, start_walk
 from ternarize.checkpoint import (
     Checkpoint,
-    copy_file,
+    copy_side_files,
     place,
     release,
     tied_parameters,
@@ -45,6 +45,9 @@ from ternarize.checkpoint import (
 from ternarize.choice import make_layout
 from ternarize.ending import tune_ending
 from ternarize.evaluate import Evaluation, load_any
+from ternarize.export import find_targets
+from ternarize.export.export import check_places, export, export_places
+from ternarize.export.planned import check_before
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, Plan, check_room, make_plan
@@ -58,18 +61,6 @@ from ternarize.text import calibration_windows, fingerprint, load_tokenizer
 from ternarize.workspace import ENDING, OUTSIDE, Workspace, arguments
 
 LEAST_TIME = 60.0  # seconds, below which a distillation is not begun
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def convert(
@@ -83,6 +74,8 @@ def convert(
     resume: bool = False,
     force: bool = False,
     budget: float | None = None,
+    formats: list[str] | None = None,
+    allow_lossy: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Report:
@@ -98,6 +91,9 @@ def convert(
         resume: go on with an interrupted conversion of the same arguments.
         force: replace what is at `output`, once the new folder is complete, and forget an interrupted conversion.
         budget: seconds for all of it; the distillation, where the recipe has one, gets what fit and tune leave.
+        formats: other formats to write beside `output`, see `ternarize.export`; refused before anything is computed
+            where one of them cannot hold what the recipe makes.
+        allow_lossy: write those, too.
         progress: where messages go.
         command: what the user typed, for the report and the card.
 
@@ -108,54 +104,22 @@ def convert(
         TernarizeError: see its subclasses; the message says what to do.
     """
     work = Workspace(Path(output), resume, force)
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    chosen = (recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)).with_text(text)
     checkpoint = Checkpoint(resolve(str(source), revision))
     work.refuse_inside(checkpoint.folder)
     progress = progress or Progress()
-    return convert_checkpoint(
-        checkpoint, work, chosen.with_text(text), str(source), revision, device, budget, progress, command
-    )
-
-
-def convert_checkpoint(
-    checkpoint: Checkpoint,
-    work: Workspace,
-    chosen: Recipe,
-    source: str,
-    revision: str | None,
-    device: str,
-    budget: float | None,
-    progress: Progress,
-    command: str | None = None,
-) -> Report:
-    """Convert an opened checkpoint into a workspace's output; arguments, result and errors are those of `convert`.
-
-    Args:
-        source: what the report calls the checkpoint.
-    """
-    plan = make_plan(checkpoint, chosen)
-    check_room(plan, work.output)
-    with work.stoppable(plan.peak_memory):
-        work.open(arguments(checkpoint, chosen, device))
-        job = _Job(checkpoint, plan, chosen, work, progress, device, source, revision)
-        report, evaluation, ids = _convert(job)
-        left = None if budget is None else budget - (time.monotonic() - work.started)
-        if chosen.distill.epochs and left is not None and left < LEAST_TIME:
-            progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
-        elif chosen.distill.epochs:
-            report, evaluation = distill_folder(
-                work.final, checkpoint, report, chosen, work.distillation, progress, device, left
-            )
-        student = load_any(work.final, device, torch.float32)
-        report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
-    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory(), commands=[command] if command else [])
-    hub.save_report(work.final, report)
-    work.publish()
+    job = Job(checkpoint, make_plan(checkpoint, chosen), chosen, work, progress, device, str(source), revision)
+    if formats:
+        check_before(checkpoint, job.plan, chosen, formats, allow_lossy)
+        check_places(work.output, export_places(work.output, find_targets(formats), None), force)
+    report = carry_out(job, budget, command)
+    if formats:
+        export(work.output, formats, allow_lossy=allow_lossy, force=force, progress=progress)
     return report
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What one conversion works with; `source` and `revision` as the user named them."""
 
     checkpoint: Checkpoint
@@ -168,8 +132,30 @@ class _Job:
     revision: str | None
 
 
+def carry_out(job: Job, budget: float | None = None, command: str | None = None) -> Report:
+    """Convert an opened checkpoint into a workspace's output; arguments, result and errors are those of `convert`."""
+    recipe, work = job.recipe, job.work
+    check_room(job.plan, work.output)
+    with work.stoppable(job.plan.peak_memory):
+        work.open(arguments(job.checkpoint, recipe, job.device))
+        report, evaluation, ids = _convert(job)
+        left = None if budget is None else budget - (time.monotonic() - work.started)
+        if recipe.distill.epochs and left is not None and left < LEAST_TIME:
+            job.progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
+        elif recipe.distill.epochs:
+            report, evaluation = distill_folder(
+                work.final, job.checkpoint, report, recipe, work.distillation, job.progress, job.device, left
+            )
+        student = load_any(work.final, job.device, torch.float32)
+        report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
+    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory(), commands=[command] if command else [])
+    hub.save_report(work.final, report)
+    work.publish()
+    return report
+
+
 @torch.no_grad()
-def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
+def _convert(job: Job) -> tuple[Report, Evaluation | None, Tensor | None]:
     """Everything up to the finished folder, the comparison with the teacher, and a held-out window int64 [T]."""
     checkpoint, recipe, work = job.checkpoint, job.recipe, job.work
     ids = _calibration_ids(job)
@@ -218,7 +204,7 @@ def _convert(job: _Job) -> tuple[Report, Evaluation | None, Tensor | None]:
 
 
 def _convert_window(
-    job: _Job,
+    job: Job,
     model: PreTrainedModel,
     window: dict[str, nn.Module],
     first: int,
@@ -253,7 +239,7 @@ def _convert_window(
 
 
 def _convert_ending(
-    job: _Job,
+    job: Job,
     window: dict[str, nn.Module],
     first: int,
     teacher: Walk,
@@ -280,7 +266,7 @@ def _convert_ending(
     return ended
 
 
-def _calibration_ids(job: _Job) -> Tensor | None:
+def _calibration_ids(job: Job) -> Tensor | None:
     """The calibration windows, int64 [B, T]; fixed by the first run, so that a resumed one sees the same."""
     if not job.recipe.needs_statistics:
         return None
@@ -296,7 +282,7 @@ def _calibration_ids(job: _Job) -> Tensor | None:
     return load_file(kept)["ids"]
 
 
-def _group_sizes(job: _Job, ids: Tensor | None) -> dict[str, int]:
+def _group_sizes(job: Job, ids: Tensor | None) -> dict[str, int]:
     """What the budget gives each linear; nothing where there is no budget. Fixed by the first run."""
     if job.recipe.budget is None or ids is None:
         return {}
@@ -336,14 +322,11 @@ def _as_source(name: str, tensor: Tensor, checkpoint: Checkpoint) -> Tensor:
     return tensor.to(checkpoint.source_dtype(name)) if tensor.is_floating_point() else tensor
 
 
-def _assemble(job: _Job, parts: list[str], layout: Layout, entries: list[LinearReport], ids: Tensor | None) -> Report:
+def _assemble(job: Job, parts: list[str], layout: Layout, entries: list[LinearReport], ids: Tensor | None) -> Report:
     """Make the finished folder from these parts, still inside OUT.partial."""
     plan, recipe, final = job.plan, job.recipe, job.work.final
     output_bytes = job.work.start_final(parts)
-    for pattern in COPIED:
-        for file in job.checkpoint.folder.glob(pattern):
-            if file.is_file():
-                copy_file(file, final / file.name)
+    copy_side_files(job.checkpoint.folder, final)
     config = json.loads((job.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     config |= {
         "architectures": [plan.model],

@@ -22,9 +22,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ternarize.architecture import UnfusedExperts
-from ternarize.checkpoint import Checkpoint, find_shards, read_config, tied_parameters
-from ternarize.conversion import convert_checkpoint
+from ternarize.checkpoint import Checkpoint, find_shards, read_float_config, tied_parameters
+from ternarize.conversion import Job, carry_out
 from ternarize.errors import TernarizeError, UnsupportedModelError
+from ternarize.plan import make_plan
 from ternarize.progress import Progress
 from ternarize.quantizer import TernarizeConfig, TernarizeQuantizer, check_names
 from ternarize.recipe import Recipe
@@ -88,7 +89,8 @@ def _convert(
     checkpoint = LoadedModel(model, tokenizer, scratch / "source")
     work = Workspace(scratch / "ternary", passing=True)
     name = model.name_or_path or type(model).__name__
-    report = convert_checkpoint(checkpoint, work, recipe, name, None, str(model.device), budget, progress)
+    plan = make_plan(checkpoint, recipe)
+    report = carry_out(Job(checkpoint, plan, recipe, work, progress, str(model.device), name, None), budget)
     verdict = report.run["verdict"]
     progress.say(f"{verdict['word']}: {verdict['why']}")
     return report
@@ -117,7 +119,7 @@ class LoadedModel(Checkpoint):
         if isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
             generation.save_pretrained(folder)
         self.folder, self.model = folder, model
-        self.config = read_config(folder)
+        self.config = read_float_config(folder)
         self.shards = []
         self._tensors = model.state_dict()
         own = {name: tensor for name, tensor in self._tensors.items() if name not in tied_parameters(model)}

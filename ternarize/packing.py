@@ -224,9 +224,14 @@ def int8_row_bytes(columns: int, group_size: int) -> int:
     return columns + 2 * group_count(columns, group_size)
 
 
-def dequantize_int8(packed: Tensor, columns: int, group_size: int) -> Tensor:
-    """uint8 records [..., H + 2 G] -> float32 [..., H]."""
+def split_int8(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """uint8 records [..., H + 2 G] -> codes int8 [..., H] and scales fp16 [..., G]."""
     codes = packed[..., :columns].contiguous().view(torch.int8)
     # A copy even of a single record: a view of two bytes as one fp16 must start at an even place.
-    scale = packed[..., columns:].clone(memory_format=torch.contiguous_format).view(torch.float16)
+    return codes, packed[..., columns:].clone(memory_format=torch.contiguous_format).view(torch.float16)
+
+
+def dequantize_int8(packed: Tensor, columns: int, group_size: int) -> Tensor:
+    """uint8 records [..., H + 2 G] -> float32 [..., H]."""
+    codes, scale = split_int8(packed, columns)
     return codes * expand_groups(scale.float(), columns, group_size)

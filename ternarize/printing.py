@@ -22,6 +22,13 @@ def table(rows: list[tuple[str, str]]) -> None:
         typer.echo(f"{label:{width}}  {value}")
 
 
+def columns(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Rows under a head, each column as wide as it needs."""
+    widths = [max(len(row[number]) for row in [head, *rows]) for number in range(len(head))]
+    for row in [head, *rows]:
+        typer.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def comparison(rows: list[tuple[str, str, str]]) -> None:
     """Rows of (what, teacher, student); one model alone has no teacher column."""
     alone = not any(teacher for _, teacher, _ in rows)

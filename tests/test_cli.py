@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
-from tiny import contents, copy_folder, edit_tensors, make_checkpoint, make_recipe, make_text
+from tiny import contents, copy_folder, edit_tensors, make_checkpoint, make_recipe, make_text, make_tokenizer
 
 import ternarize
 from ternarize import Recipe, cli, printing, progress
@@ -56,9 +56,15 @@ def test_flags_are_frozen() -> None:
     }
     assert found == {
         "convert": [
-            "--device", "--force", "--json", "--output", "--plan", "--private", "--push", "--quiet", "--recipe",
+            "--allow-lossy", "--device", "--force", "--format", "--json", "--output", "--plan", "--private", "--push",
+            "--quiet", "--recipe",
             "--resume", "--revision", "--set", "--target-size", "--text", "--time-budget", "-o", "-q", "-r", "source",
         ],
+        "export": ["--allow-lossy", "--force", "--json", "--output", "--quiet", "--to", "-o", "-q", "folder"],
+        "verify": [
+            "--export", "--json", "--length", "--quiet", "--student", "--text", "--windows", "-q", "path",
+        ],
+        "import": ["--force", "--json", "--output", "--quiet", "--revision", "--skip", "-o", "-q", "source"],
         "plan": ["--json", "--recipe", "--revision", "--set", "--target-size", "--text", "-r", "source"],
         "evaluate": [
             "--activations", "--batch-size", "--device", "--dtype", "--items", "--json", "--length", "--no-save",
@@ -111,7 +117,10 @@ def test_help_names_every_command_and_exit_code(run: Run) -> None:
         assert word in out
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "evaluate", "generate", "inspect", "push", "chat", "serve"])
+COMMANDS = ["convert", "plan", "evaluate", "generate", "inspect", "push", "chat", "serve", "export", "verify", "import"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_help(command: str) -> None:
     parameters = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
     assert all(parameter.help for parameter in parameters), [p.name for p in parameters if not p.help]
@@ -537,3 +546,37 @@ def test_distill_on_the_command_line(run: Run, llama: Path, ternary: Path, tmp_p
     code, _, err = run("distill", ternary, "--teacher", llama, "-o", tmp_path / "out", *options)
     assert code == 2
     assert "not empty" in err
+
+
+# -- export, verify, import -------------------------------------------------------------------------------------------
+
+
+def test_export_and_verify_from_the_command_line(run: Run, ternary: Path, text: Path, tmp_path: Path) -> None:
+    folder = copy_folder(ternary, tmp_path / "student")
+    code, out, err = run("export", folder, "--to", "dense")
+    assert code == 0
+    assert "16.000" in out
+    assert "dense: exact" in err
+    code, out, _ = run("verify", folder, "--text", text, "--json")
+    assert code == 0
+    (found,) = json.loads(out)
+    assert found["format"] == "dense"
+    assert found["ok"]
+    edit_tensors(tmp_path / "student-dense", lambda tensors: tensors["model.norm.weight"].zero_())
+    code, out, err = run("verify", folder, "--text", text)
+    assert code == 2
+    assert "DIFFERS" in out
+    assert "written as exact" in err
+    assert run("export", folder, "--to", "dense")[0] == 2
+    assert "Formats: dense" in run("export", folder, "--to", "fortran")[2]
+
+
+def test_import_from_the_command_line(run: Run, ternary: Path, llama: Path, tmp_path: Path) -> None:
+    code, _, err = run("import", llama, "--output", tmp_path / "out")
+    assert code == 2
+    assert "is not ternary" in err
+    ternarize.load(ternary)[0].dequantize().save_pretrained(tmp_path / "floats")
+    make_tokenizer().save_pretrained(tmp_path / "floats")
+    code, out, _ = run("import", tmp_path / "floats", "--output", tmp_path / "out", "--json")
+    assert code == 0
+    assert json.loads(out)["linears"] == 14

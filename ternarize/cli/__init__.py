@@ -5,7 +5,7 @@ resumable, 5 converted, but the model has collapsed. Results go to standard outp
 error.
 """
 
-from ternarize.cli import converting, measuring, running, sharing
+from ternarize.cli import converting, exporting, measuring, running, sharing
 from ternarize.cli.app import app, run
 
-__all__ = ["app", "converting", "measuring", "run", "running", "sharing"]
+__all__ = ["app", "converting", "exporting", "measuring", "run", "running", "sharing"]

@@ -13,7 +13,9 @@ from ternarize.cli.app import app
 from ternarize.cli.options import (
     DeviceOption,
     Folder,
+    FormatOption,
     JsonOption,
+    LossyOption,
     PrivateOption,
     QuietOption,
     RecipeOption,
@@ -25,6 +27,7 @@ from ternarize.cli.options import (
     TimeOption,
     check_device,
     command_line,
+    split_formats,
 )
 from ternarize.errors import TernarizeError
 from ternarize.printing import print_json, say_verdict, summarize_kept, table
@@ -54,6 +57,8 @@ def convert(
         typer.Option(help="Put the result on the Hub as user/name, unless it has collapsed.", show_default=False),
     ] = None,
     private: PrivateOption = False,
+    formats: FormatOption = None,
+    allow_lossy: LossyOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -82,6 +87,8 @@ def convert(
         resume=resume,
         force=force,
         budget=None if time_budget is None else parse_duration(time_budget),
+        formats=split_formats(formats),
+        allow_lossy=allow_lossy,
         progress=progress,
         command=command_line(),
     )

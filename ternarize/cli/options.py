@@ -55,6 +55,22 @@ DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cu
 DtypeOption = Annotated[str, typer.Option(help="Type of activations: float32, bfloat16 or float16.")]
 
 
+FormatOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--format", help="Write these formats too, beside the output: metal,mlx,... as in export.", show_default=False
+    ),
+]
+LossyOption = Annotated[
+    bool, typer.Option("--allow-lossy", help="Write a format that cannot hold the model exactly, too.")
+]
+
+
+def split_formats(values: list[str] | None) -> list[str]:
+    """`["metal,mlx", "dense"]` -> three names."""
+    return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
+
+
 def command_line() -> str:
     """What the user typed, for reports and cards."""
     return shlex.join(["ternarize", *sys.argv[1:]])
