@@ -15,7 +15,7 @@ from ternarize.tensor import TernaryTensor
 
 if TYPE_CHECKING:
     from ternarize.conversion import convert
-    from ternarize.memory import ternarize
+    from ternarize.in_place import ternarize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
         return convert
     if name == "ternarize":
-        from ternarize.memory import ternarize
+        from ternarize.in_place import ternarize
 
         return ternarize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,7 +63,7 @@ ORDER = (
     "importing",
     "importing_gguf",
     "conversion",
-    "memory",
+    "in_place",
     "publish",
     "chat",
     "printing",

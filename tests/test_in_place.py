@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import ternarize
-from ternarize import Recipe, memory
+from ternarize import Recipe, in_place
 from ternarize.errors import StoppedError, TernarizeError, UnsupportedModelError
 from ternarize.progress import Progress
 from ternarize.quantizer import TernarizeQuantizer
@@ -128,14 +128,14 @@ def test_stopping_leaves_the_model_and_no_files(
     model, tokenizer = load(llama)
     model.train()
     before = _state(model)
-    original = memory.LoadedModel.load
+    original = in_place.LoadedModel.load
 
     def load_some(self: Any, skeleton: Any, *prefixes: str, **settings: Any) -> None:
         if prefixes == ("model.layers.1.",):
             raise error
         original(self, skeleton, *prefixes, **settings)
 
-    monkeypatch.setattr(memory.LoadedModel, "load", load_some)
+    monkeypatch.setattr(in_place.LoadedModel, "load", load_some)
     with pytest.raises(StoppedError, match="the model is as it was before"):
         ternarize.ternarize(model, tokenizer, recipe, progress=QUIET)
     check_untouched(model, before)
