@@ -81,7 +81,7 @@ def test_the_reader_says_what_the_student_says(
     expected = student_logits(folders[family], IDS)
     difference = (target.logits(done.readable, IDS) - expected).abs() / expected.std()
     assert float(difference.mean()) < target.tolerance
-    if name in ("compressed-tensors", "gptq"):  # float32 tables in a float32 model: nothing is rounded
+    if name == "compressed-tensors":  # float32 tables in a float32 model: nothing is rounded
         assert float(difference.max()) < 1e-4
 
 
@@ -118,7 +118,7 @@ def test_packed_tensors_mean_the_weights(name: str, folders: dict[str, Path], tm
         assert torch.equal(weight, folder.ternary(linear).dequantize())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
 def test_dense_takes_what_the_packed_formats_refuse(family: str, text: Path, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", family)
     conversion.convert(source, tmp_path / "student", quick(text, group_size=12), progress=QUIET)

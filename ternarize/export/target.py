@@ -36,7 +36,7 @@ from ternarize.swap import replace_float_modules
 from ternarize.tensor import TernaryTensor
 
 EXACT = 2**-8
-TOLERANCE = 1e-3
+TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
