@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny import copy_folder, edit_tensors, make_checkpoint, make_recipe, read_config, read_tensors
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from ternarize.export.regroup import regroup, relative_error
 from ternarize.export.target import TernaryFolder
 from ternarize.export.verify import verify
 from ternarize.progress import Progress
+from ternarize.publish import prepare
 from ternarize.tensor import TernaryTensor, expand_groups
 
 QUIET = Progress(quiet=True)
@@ -257,6 +259,33 @@ def test_what_is_there_is_kept_unless_force_says_otherwise(
     export(folders["llama"], ["dense"], output, force=True, progress=QUIET)
     assert (output / EXPORT_FILE).is_file()
     assert not (output / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("dense", "from_pretrained("), ("metal", 'device_map="cpu"'), ("mlx", "mlx_lm"), ("gptq", "GPTQModel.load(")],
+)
+def test_an_export_has_a_card_that_says_how_to_load_it(
+    name: str, says: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    student = copy_folder(folders["llama"], tmp_path / "student")
+    card = student / "README.md"
+    table = "| text | KL |\n| --- | --- |\n| a | 1.5 |\n"
+    card.write_text(card.read_text().replace("## Size", f"## Quality\n\n{table}\nmore\n\n## Size", 1))
+    export(student, [name], tmp_path / "out", allow_lossy=True, progress=QUIET)
+    parcel = prepare(tmp_path / "out", "me/it")
+    assert says in parcel.card
+    assert '("me/it"' in parcel.card
+    assert table in parcel.card
+    assert "more" not in parcel.card
+    assert name in ModelCard(parcel.card).data.tags
+
+
+def test_an_export_of_an_imported_folder_has_a_card_too(folders: dict[str, Path], tmp_path: Path) -> None:
+    student = copy_folder(folders["llama"], tmp_path / "student")
+    (student / "README.md").unlink()
+    export(student, ["dense"], tmp_path / "out", progress=QUIET)
+    assert prepare(tmp_path / "out", "me/it").card.count("## ") == 1
 
 
 def test_an_export_cannot_take_the_place_of_its_source(folders: dict[str, Path]) -> None:

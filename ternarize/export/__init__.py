@@ -6,6 +6,7 @@ stock      what the formats that are Hugging Face folders share; one file each f
            compressed, gptq, bitnet
 gguf       files for llama.cpp, and back
 planned    a folder that is not there yet, to refuse a format before calibration
+card       an export's README.md
 export     check, say, refuse or write; export.json
 verify     reload with the format's own reader, and compare
 """

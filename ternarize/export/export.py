@@ -1,6 +1,6 @@
 """Write a ternarize folder in other formats: check all, say what each makes of it, refuse, then write.
 
-Each format gets a folder of its own, which holds what its readers want and, beside it, export.json:
+Each format gets a folder of its own, which holds what its readers want and, beside it, a card and export.json:
 
     format, file                what it is; the name of the file, where the format is one, or null
     source, source_sha256       the ternarize folder, relative to this one, and `TernaryFolder.identity`
@@ -25,7 +25,9 @@ from typing import Any
 from ternarize.checkpoint import sync_folder, write_text
 from ternarize.errors import TernarizeError
 from ternarize.export import find_targets
+from ternarize.export.card import export_card
 from ternarize.export.target import Exactness, Target, TernaryFolder
+from ternarize.hub import CARD_FILE
 from ternarize.progress import Progress, size
 from ternarize.report import dump_json, versions
 
@@ -209,6 +211,7 @@ def _write(
         fields = exported.to_dict() | {"versions": versions()}
         del fields["path"]
         write_text(fresh / EXPORT_FILE, dump_json(fields) + "\n")
+        write_text(fresh / CARD_FILE, export_card(folder.path, target.name, fields, in_words(exactness)))
     return exported
 
 
