@@ -26,7 +26,7 @@ from ternarize.export.gguf.vocabulary import read_vocabulary
 from ternarize.export.regroup import regroup
 from ternarize.export.target import TernaryFolder
 from ternarize.export.verify import verify
-from ternarize.importing_gguf import import_gguf
+from ternarize.importing.gguf import import_gguf
 from ternarize.progress import Progress
 from ternarize.tensor import TernaryTensor, group_count
 

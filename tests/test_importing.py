@@ -17,7 +17,7 @@ from ternarize.export import targets
 from ternarize.export.bitnet import pack_rows, unpack_rows
 from ternarize.export.export import export
 from ternarize.export.target import TernaryFolder
-from ternarize.importing import import_checkpoint, recognize
+from ternarize.importing.folders import import_checkpoint, recognize
 from ternarize.progress import Progress
 from ternarize.tensor import TernaryTensor, group_count
 

@@ -61,7 +61,6 @@ ORDER = (
     "refine",
     "export",
     "importing",
-    "importing_gguf",
     "conversion",
     "in_place",
     "publish",

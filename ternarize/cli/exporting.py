@@ -120,8 +120,8 @@ def import_(
     quiet: QuietOption = False,
 ) -> None:
     """Make a folder of what is ternary already (BitNet, floats of three levels, a .gguf file), without loss."""
-    from ternarize.importing import import_checkpoint
-    from ternarize.importing_gguf import import_gguf
+    from ternarize.importing.folders import import_checkpoint
+    from ternarize.importing.gguf import import_gguf
     from ternarize.sources import resolve
 
     progress = Progress(quiet or as_json)

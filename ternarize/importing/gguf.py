@@ -1,7 +1,7 @@
 """GGUF files whose linears are ternary become ternarize folders: trits and scales come out of the blocks as they are.
 
 TQ1_0, TQ2_0 and Q2_0 are ternary (Q2_0 where nobody used its fourth level), and so is Q4_0 where it holds three levels,
-as our own exports do; weights in any other type are dequantized and have to be ternary then (see `importing`). Tables
+as our own exports do; weights in any other type are dequantized and have to be ternary then (see `folders`). Tables
 in Q8_0 stay in 8 bits, with the same codes. All else goes into the smallest float type that holds it.
 """
 
@@ -37,7 +37,7 @@ from ternarize.export.gguf.package import load_gguf
 from ternarize.export.gguf.vocabulary import pre_tokenizer_of
 from ternarize.export.stock import write_shards
 from ternarize.format import TRIPWIRE, Layout
-from ternarize.importing import Imported, recognize, with_shift
+from ternarize.importing.folders import Imported, recognize, with_shift
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.runtime import TernaryLinear
 from ternarize.tensor import TernaryTensor
