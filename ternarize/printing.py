@@ -70,6 +70,7 @@ def machine_rows() -> list[tuple[str, str]]:
 
     from ternarize import __version__
     from ternarize.kernels import cpu
+    from ternarize.kernels.pages import large_pages
 
     def chosen(value: str, variable: str, otherwise: str) -> str:
         return f"{value}, {f'as {variable} says' if os.environ.get(variable) else otherwise}"
@@ -88,6 +89,7 @@ def machine_rows() -> list[tuple[str, str]]:
         ("path in use", chosen(path.name if path else cpu.REFERENCE, cpu.CPU_VARIABLE, "the best")),
         ("activations", chosen(cpu.default_activations(), cpu.ACTIVATIONS_VARIABLE, "the default")),
         ("threads", str(torch.get_num_threads())),
+        ("large pages", large_pages()),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
     ]
 

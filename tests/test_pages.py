@@ -6,6 +6,7 @@ import itertools
 import mmap
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +66,17 @@ def test_where_large_pages_are_unknown_memory_is_torchs(monkeypatch: pytest.Monk
     monkeypatch.setattr(pages, "_map", lambda size: pytest.fail("mapped"))
     piece = pages.allocate(1000)
     assert (piece.dtype, piece.shape) == (torch.uint8, (1000,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("always [madvise] never", "yes"), ("[always] madvise never", "yes"), ("always madvise [never]", "no, ")],
+)
+def test_doctor_says_whether_there_are_large_pages(
+    setting: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    monkeypatch.setattr(pages, "SETTING", tmp_path / "enabled")
+    assert pages.large_pages() == "not asked for on this system"
+    (tmp_path / "enabled").write_text(setting)
+    assert pages.large_pages().startswith(says)

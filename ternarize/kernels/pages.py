@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LARGE_PAGE = 2 << 20
 CHUNK = 8 * LARGE_PAGE  # what is smaller shares one
 LINE = 64  # bytes of a cache line, at whose beginning all of it starts
@@ -45,6 +47,13 @@ def trim() -> None:
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)
+
+
+def large_pages() -> str:
+    """Whether the system gives large pages: "yes", or why not."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or not SETTING.exists():
+        return "not asked for on this system"
+    return "no, transparent_hugepage is off" if "[never]" in SETTING.read_text(encoding="utf-8") else "yes"
 
 
 def _map(size: int) -> mmap.mmap:
