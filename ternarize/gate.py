@@ -41,7 +41,7 @@ class Verdict:
     """What the gate says.
 
     Args:
-        word: "close", "weak" or "collapsed".
+        word: "close", "weak" or "collapsed"; "not compared" where the recipe used no text.
         why: in words, with the figures; what to do is part of it unless the student is close.
         evaluation: the comparison on held-out calibration text, None where the recipe used no text.
         text: what the student wrote on its own.
@@ -113,8 +113,8 @@ def _verdict(evaluation: Evaluation | None, looping: bool) -> tuple[str, str]:
         if looping:
             return "collapsed", f"{loops}. {ADVICE}"
         return (
-            "weak",
-            f"without calibration text it was not compared with its teacher; such models rarely work. {ADVICE}",
+            "not compared",
+            f"the recipe uses no text; such models rarely work, which `ternarize evaluate` shows. {ADVICE}",
         )
     assert evaluation.teacher_perplexity is not None
     assert evaluation.kl is not None

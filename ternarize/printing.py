@@ -101,7 +101,9 @@ def say_verdict(verdict: dict[str, Any], quietly: bool = False) -> None:
         typer.echo(f"\nTHIS MODEL HAS COLLAPSED and is of no use: {verdict['why']}", err=True)
         typer.echo(f"It writes: {verdict['text']!r}", err=True)
     elif not quietly:
-        typer.echo(f"\nAgainst its teacher, on held-out calibration text: {verdict['why']}")
+        measured = verdict["word"] != "not compared"
+        where = "Against its teacher, on held-out calibration text" if measured else "Not compared with its teacher"
+        typer.echo(f"\n{where}: {verdict['why']}")
         typer.echo(f"It writes: {verdict['text']!r}")
     if collapsed:
         raise typer.Exit(COLLAPSED)
