@@ -48,5 +48,5 @@ def save(figure: Any, path: Path) -> None:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class TernarizeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         grid, group_size, scale_bits, skip: as in `Recipe`; shifts are stored in as many bits as scales.
 
+    `recipe` is what that means in full, for `convert` too; `layout` is a folder's, None before there is one.
+
     Raises:
         TernarizeError: a value breaks its rule.
     """
@@ -55,10 +58,10 @@ class TernarizeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         grid: Grid = "symmetric",
         group_size: int | None = 32,
         scale_bits: int = 4,
-        skip: tuple[str, ...] | list[str] = (),
+        skip: Sequence[str] = (),
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        options = {"grid": grid, "group_size": group_size, "scale_bits": scale_bits, "skip": list(skip)}
+        options = {"grid": grid, "group_size": group_size, "scale_bits": scale_bits, "skip": skip}
         self.recipe = Recipe.from_dict(DATA_FREE | options | {"shift_bits": scale_bits}, where="TernarizeConfig")
         self.layout: Layout | None = None
 

@@ -134,6 +134,8 @@ def test_warning_comes_once_and_names_convert(llama: Path, caplog: pytest.LogCap
         ({"group_size": 0}, "group_size is 0"),
         ({"scale_bits": 5}, "scale_bits is 5, but must be one of 16, 8, 4"),
         ({"skip": ["*.no_such"]}, "matches none of the 14 linears"),
+        ({"skip": "*.no_such"}, "'*.no_such' matches none of the 14 linears"),
+        ({"skip": 5}, "skip is 5, but must be a list of strings"),
         ({"group_size": 1000}, "wider than every linear"),
         ({"group_size": 12, "skip": ["*"]}, "leaves no linear"),
     ],
