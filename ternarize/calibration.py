@@ -26,6 +26,7 @@ from ternarize.solver import LinearStatistics
 from ternarize.text import load_tokenizer, random_windows
 
 BATCH_TOKENS = 1024
+GRAM_COLUMNS = 1024  # side of the blocks in which a symmetric sum is computed
 
 
 class _AllBlocksSeen(Exception):
@@ -328,7 +329,7 @@ class _Sums:
             x_NI = x.reshape(-1, x.shape[-1]).float()
             if name not in self.second:
                 self.second[name] = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1])
-            self.second[name].addmm_(x_NI.t(), x_NI)
+            _add_gram(self.second[name], x_NI)
             self.tokens[name] = self.tokens.get(name, 0) + len(x_NI)
 
     def add_teacher(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
@@ -347,7 +348,7 @@ class _Sums:
 
     def statistics(self) -> dict[str, LinearStatistics]:
         """Means over the tokens."""
-        second = {name: total.div_(self.tokens[name]) for name, total in self.second.items()}
+        second = {name: _mirror(total).div_(self.tokens[name]) for name, total in self.second.items()}
         cross = {name: total.div_(self.tokens[name]) for name, total in self.cross.items()}
         result = {}
         for name, own in self.leader.items():
@@ -355,3 +356,18 @@ class _Sums:
             energy = self.energy[name] / tokens if name in self.energy else None
             result[name] = LinearStatistics(second[own], cross.get(own), energy, tokens)
         return result
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Add X' X [I, I] of x [N, I] to the total: only the blocks of columns on and above its diagonal."""
+    for start in range(0, x.shape[1], GRAM_COLUMNS):
+        stop = start + GRAM_COLUMNS
+        total[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
+
+
+def _mirror(total: Tensor) -> Tensor:
+    """Fill in, in place, the blocks below the diagonal of what `_add_gram` summed."""
+    for start in range(0, len(total), GRAM_COLUMNS):
+        stop = start + GRAM_COLUMNS
+        total[stop:, start:stop] = total[start:stop, stop:].t()
+    return total

@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ternarize.errors import TernarizeError
@@ -30,7 +31,8 @@ from ternarize.tensor import Levels, TernaryTensor, expand_groups
 
 COLUMN_BLOCK = 64  # columns whose feedback is applied to the rest of the row in one product
 REFIT_RIDGE = 1e-4  # pull of the refit towards the values it starts from, as a share of the diagonal
-REFIT_FLOATS = 1 << 25  # most floats that one chunk of the refit holds (128 MiB)
+REFIT_ROWS = 256  # rows of a weight that the refit solves at once,
+REFIT_FLOATS = 1 << 24  # and most float64 in their matrices (128 MiB)
 SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
 
 
@@ -186,11 +188,9 @@ def _rows_that_gain(weight: Tensor, before: Tensor, after: Tensor, held_out: Lin
     if held_out is None:
         return torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     cross = held_out.second_moment if held_out.cross_moment is None else held_out.cross_moment
-
-    def error(fitted: Tensor) -> Tensor:  # ||X^ What' - X W'||^2 / N, up to what both have in common
-        return ((fitted @ held_out.second_moment - 2 * (weight @ cross.t())) * fitted).sum(1, dtype=torch.float64)
-
-    return error(after) < error(before)
+    # The difference of two ||X^ What' - X W'||^2 / N, in which H is symmetric and X W' is common to both.
+    slope = (after + before) @ held_out.second_moment - 2 * (weight @ cross.t())
+    return (slope * (after - before)).sum(1, dtype=torch.float64) < 0
 
 
 def round_with_feedback(weight: Tensor, scale: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
@@ -241,48 +241,44 @@ def refit(
     out_features, in_features = trits.shape
     groups = scale.shape[1]
     unknowns = 2 * groups if with_shift else groups
-    chunk = max(1, min(out_features, REFIT_FLOATS // (unknowns * max(in_features, unknowns))))
-    group = torch.arange(in_features, device=trits.device) // group_size
-    member = torch.nn.functional.one_hot(group, groups).to(trits.dtype)  # [I, G]
-    ones_moment = moment @ member  # H 1_g, [I, G]
+    short = groups * group_size - in_features  # columns that the last group lacks
+    moment = F.pad(moment, (0, short, 0, short)) if short else moment
+    ones_moment = _sum_groups(moment, group_size)  # H 1_g, [I, G]
     scales, shifts = torch.empty_like(scale), shift.clone()
+    chunk = max(1, min(REFIT_ROWS, REFIT_FLOATS // unknowns**2))
     for rows in torch.arange(out_features, device=trits.device).split(chunk):
-        t, w = trits[rows], target[rows]
-        basis_moment = _grouped(t, moment, group)  # T_b H, [R, G, I]
-        scale_scale = (basis_moment * t[:, None, :]) @ member  # T_b H T_b', [R, G, G]
+        t, w = F.pad(trits[rows], (0, short)), F.pad(target[rows], (0, short))
         w_moment = w @ moment  # [R, I]
-        right = (w_moment * t) @ member  # [R, G]
-        start = scale[rows]
-        matrix = scale_scale
+        right, start = _sum_groups(w_moment * t, group_size), scale[rows]
+        matrix = t.new_zeros(len(rows), unknowns, unknowns, dtype=torch.float64)  # the lower triangle of A' H A
+        for group in range(groups):
+            first = group * group_size
+            own = slice(first, first + group_size)
+            matrix[:, group:groups, group] = _sum_groups(t[:, own] @ moment[own, first:] * t[:, first:], group_size)
+            if with_shift:
+                matrix[:, groups:, group] = t[:, own] @ ones_moment[own]
         if with_shift:
-            scale_shift = basis_moment @ member
-            shift_shift = (member.t() @ ones_moment).expand(len(rows), -1, -1)
-            matrix = torch.cat(
-                [
-                    torch.cat([scale_scale, scale_shift], dim=2),
-                    torch.cat([scale_shift.transpose(1, 2), shift_shift], dim=2),
-                ],
-                dim=1,
-            )
-            right = torch.cat([right, w_moment @ member], dim=1)
+            matrix[:, groups:, groups:] = _sum_groups(ones_moment.t(), group_size)
+            right = torch.cat([right, _sum_groups(w_moment, group_size)], dim=1)
             start = torch.cat([start, shift[rows]], dim=1)
-        matrix, right, start = matrix.double(), right.double(), start.double()
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         ridge = REFIT_RIDGE * diagonal.maximum(diagonal.mean(1, keepdim=True) * 1e-6 + 1e-30)
-        solution = torch.linalg.solve(matrix + torch.diag_embed(ridge), right + ridge * start).to(scale.dtype)
-        scales[rows] = solution[:, :groups]
+        diagonal += ridge
+        # torch.linalg.solve is wrong for batches of 160 unknowns and more, with two threads (torch 2.13, MKL 2024.2).
+        factor, fault = torch.linalg.cholesky_ex(matrix)
+        solution = torch.cholesky_solve((right + ridge * start)[:, :, None], factor)[:, :, 0]
+        solution = torch.where((fault == 0)[:, None], solution, start)  # a row that cannot be solved stays
+        scales[rows] = solution[:, :groups].to(scale.dtype)
         if with_shift:
-            shifts[rows] = solution[:, groups:]
+            shifts[rows] = solution[:, groups:].to(scale.dtype)
     negative = scales < 0
     flip = expand_groups(torch.where(negative, -1.0, 1.0).to(trits.dtype), in_features, group_size)
     return scales.abs().clamp(min=SMALLEST_SCALE), shifts, trits * flip
 
 
-def _grouped(trits: Tensor, moment: Tensor, group: Tensor) -> Tensor:
-    """T_b H for every group b of every row, [R, G, I]; each group only touches its own rows of H."""
-    bounds = torch.bincount(group).tolist()
-    parts = zip(trits.split(bounds, dim=1), moment.split(bounds, dim=0), strict=True)
-    return torch.stack([t @ rows for t, rows in parts], dim=1)
+def _sum_groups(values: Tensor, group_size: int) -> Tensor:
+    """Sums over groups of columns, [..., I] -> [..., G]; I is a multiple of the group size."""
+    return values.unflatten(-1, (-1, group_size)).sum(-1)
 
 
 def correct_for_prefix(weight: Tensor, statistics: LinearStatistics, damped: Tensor, strength: float) -> Tensor:

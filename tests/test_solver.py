@@ -244,6 +244,25 @@ def test_the_refit_is_the_least_squares_of_each_row(in_features: int, group_size
 
 
 @pytest.mark.parametrize("with_shift", [True, False])
+def test_the_refit_of_hundreds_of_groups_is_exact_with_two_threads(with_shift: bool) -> None:
+    target, trits, scale, shift, moment = refit_problem(6, 640, 2, with_shift=with_shift)
+    alone = refit(target, trits, scale, shift, moment, 2, with_shift)
+    torch.set_num_threads(2)
+    try:
+        together = refit(target, trits, scale, shift, moment, 2, with_shift)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("with_shift", [True, False])
+def test_a_row_that_cannot_be_solved_stays_as_it_was(with_shift: bool) -> None:
+    target, trits, scale, shift, moment = refit_problem(4, 32, 16, with_shift=with_shift)
+    new_scale, new_shift, new_trits = refit(target, trits, scale, shift, -moment, 16, with_shift)
+    torch.testing.assert_close((new_scale, new_shift, new_trits), (scale, shift, trits), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_shift", [True, False])
 @pytest.mark.parametrize("group_size", [5, 16, 64])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_refit_never_raises_the_damped_objective(with_shift: bool, group_size: int, seed: int) -> None:
