@@ -52,3 +52,13 @@ def test_random_windows_are_a_share_of_those_that_are_fitted_to(
 def test_without_a_share_no_window_is_random_and_no_tokenizer_is_read(tmp_path: Path) -> None:
     ids = torch.full((8, 16), 7)
     assert mix_random(ids, Calibration(), tmp_path, VOCABULARY) is ids
+
+
+@pytest.mark.parametrize("columns", [3, 8, 20, 64])
+def test_a_symmetric_sum_by_halves_is_the_whole_sum(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "GRAM_COLUMNS", columns)
+    parts = torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.zeros(20, 20, dtype=torch.float64)
+    for part in parts:
+        calibration._add_gram(total, part)
+    torch.testing.assert_close(calibration._mirror(total), sum(part.t() @ part for part in parts))
