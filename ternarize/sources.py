@@ -18,7 +18,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCardData, metadata_load
@@ -26,6 +26,12 @@ from yaml import YAMLError
 
 from ternarize.errors import TernarizeError
 from ternarize.progress import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAME_TABLE = 0.05  # relative squared difference up to which two tables are one: 2 bits leave as much, strangers have 2
+TABLE_ROWS = 8192  # rows of a table that are compared at once
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,7 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
                 dtype=torch.bfloat16,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        _tie_twins(model)
         fields = GGUFReader(gguf).fields
     except (ValueError, KeyError, OSError, NotImplementedError, RuntimeError) as error:
         raise TernarizeError(f"{gguf}: transformers cannot read this GGUF file: {error}") from error
@@ -233,6 +240,26 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
             raise TernarizeError(f"{folder}: cannot write the dequantized model: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tie_twins(model: PreTrainedModel) -> None:
+    """Make one table of an embedding and a head that are one, but were quantized apart.
+
+    Tools write the head of a tied model a second time, in a finer type: transformers then takes the model for untied,
+    and it weighs a table more than the original did. The finer one, the head's, serves both.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if embedding is None or head is None or embedding.weight.shape != head.weight.shape:
+        return
+    difference = energy = 0.0
+    with torch.no_grad():
+        for a, b in zip(embedding.weight.split(TABLE_ROWS), head.weight.split(TABLE_ROWS), strict=True):
+            difference += float((a.float() - b.float()).square().sum())
+            energy += float(b.float().square().sum())
+    if difference <= SAME_TABLE * energy:
+        embedding.weight = head.weight
+        model.config.tie_word_embeddings = True
 
 
 def _gguf_card(fields: dict[str, Any]) -> str:

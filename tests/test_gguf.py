@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import make_checkpoint, make_recipe, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ternarize
-from ternarize import conversion
+from ternarize import conversion, sources
 from ternarize.errors import FormatError, TernarizeError, UnsupportedModelError
 from ternarize.export import find_targets
 from ternarize.export.export import Exported, export
@@ -39,6 +40,10 @@ SYMMETRIC = (TQ1_0, TQ2_0, Q2_0, Q4_0)
 needs_llama = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="GGUF files are read by llama-cpp-python, not installed"
 )
+
+
+WITHOUT_DATA: dict[str, Any] = {"feedback": False, "curvature": False, "refit": False, "correction": 0.0}
+WITHOUT_DATA |= {"grid": "symmetric", "group_size": 256, "int8_group_size": 64, "scale_bits": 16, "shift_bits": 16}
 
 
 def random_ternary(rows: int, columns: int, size: int, shift: bool = False, seed: int = 0) -> TernaryTensor:
@@ -165,9 +170,7 @@ def convert(place: Path, text: Path, family: str, shape: dict[str, Any], tokeniz
     source = make_checkpoint(place / "source", family, chat=True, **shape)
     if tokenizer is not None:
         tokenizer.save_pretrained(source)
-    free = {"feedback": False, "curvature": False, "refit": False, "correction": 0.0}
-    layout = {"grid": "symmetric", "group_size": 256, "int8_group_size": 64, "scale_bits": 16, "shift_bits": 16}
-    conversion.convert(source, place / "student", make_recipe(text, **(layout | free | changes)), progress=QUIET)
+    conversion.convert(source, place / "student", make_recipe(text, **(WITHOUT_DATA | changes)), progress=QUIET)
     return place / "student"
 
 
@@ -449,6 +452,31 @@ def test_an_export_comes_back_bit_for_bit(family: str, worded: dict[str, Path], 
     ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("apart", "tied"), [(0.05, True), (1.0, False)], ids=["quantized apart", "strangers"])
+def test_a_head_that_is_the_embedding_quantized_apart_is_tied_again(
+    apart: float, tied: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERNARIZE_CACHE", str(tmp_path / "cache"))
+    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": False}
+    source = make_checkpoint(tmp_path / "source", "llama", chat=True, **shape)
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
+    noise = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
+    table = model.model.embed_tokens.weight.data
+    model.lm_head.weight.data.copy_((1 - apart) * table + apart * noise * table.std())
+    model.save_pretrained(source)
+    TOKENIZERS["smollm"]().save_pretrained(source)
+    conversion.convert(source, tmp_path / "student", make_recipe(text, **WITHOUT_DATA), progress=QUIET)
+    (done,) = export(tmp_path / "student", ["gguf-q4_0"], tmp_path / "out", allow_lossy=True, progress=QUIET)
+    folder = sources.resolve(str(done.readable))
+    names = load_file(folder / "model.safetensors").keys()
+    assert ("lm_head.weight" not in names) == tied
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert found.config.tie_word_embeddings == tied
+    assert (found.model.embed_tokens.weight is found.lm_head.weight) == tied
+    expected = model.lm_head.weight.data
+    torch.testing.assert_close(found.lm_head.weight.data.float(), expected, rtol=0, atol=0.02 * float(expected.max()))
 
 
 def test_other_exact_types_come_back_too(worded: dict[str, Path], tmp_path: Path) -> None:
