@@ -33,6 +33,9 @@ os.environ |= {
 
 import pytest
 import torch
+from hub_server import WRITER, Hub
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from tiny import make_checkpoint, make_recipe, make_text
 from transformers.utils import logging
 
@@ -109,3 +112,17 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
         return code, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that the client in this process talks to, with a token that may write; retries do not wait."""
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(_http.time, "sleep", lambda _: None)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        yield server

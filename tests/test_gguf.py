@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import make_checkpoint, make_recipe, make_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny import TEXTS, byte_level, make_checkpoint, make_recipe, make_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -313,33 +313,6 @@ def test_a_damaged_file_is_reported_in_llama_cpps_words(tmp_path: Path) -> None:
 # -- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-TEXTS = [
-    "Hello world,  two  spaces and   three.\n\n\tTabs\r\n",
-    "3 33 333 3333 12345678901 3.14159 1,000,000",
-    "don't I'VE you'll WE'RE x's",
-    "def f(x):\n    if x > 0:\n\t\treturn x**2  # comment\n",
-    "Gr\u00f6\u00dfe na\u00efve caf\u00e9 \u4e2d\u6587 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4",
-    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439",
-    "\U0001f600\U0001f680 \u2705 \u00bd \u00b2 \u2167 \u0663",
-    " ",
-    "<s>a</s> b<extra>c",
-]
-
-
-def byte_level(*splits: Any, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer with a few merges, of the patterns given."""
-    from tokenizers.trainers import BpeTrainer
-
-    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(splits))
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False)
-    backend.train_from_iterator(TEXTS * 3, trainer)
-    backend.add_tokens(["<extra>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
 def sentencepiece() -> PreTrainedTokenizerFast:
     """One as Gemma's: characters, with bytes for those that are not known."""
     from tokenizers.trainers import BpeTrainer
@@ -517,6 +490,6 @@ def quantize(before: Path, after: Path, kind: str) -> None:
 
 def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing of the kind, but long enough to be looked at" * 9)
-    for name in ("x.gguf", "absent.gguf"):
-        with pytest.raises(TernarizeError, match="is not a GGUF file, or damaged"):
+    for name, said in (("x.gguf", "is not a GGUF file, or damaged"), ("absent.gguf", "no such file")):
+        with pytest.raises(TernarizeError, match=said):
             import_gguf(tmp_path / name, tmp_path / "out", progress=QUIET)

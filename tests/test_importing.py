@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny import edit_config, logits, make_checkpoint, make_model, make_tokenizer, read_tensors
+from tiny import edit_config, logits, make_checkpoint, make_ternary_checkpoint, random_ternary, read_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,31 +18,9 @@ from ternarize.export.export import export
 from ternarize.export.target import TernaryFolder
 from ternarize.importing.folders import import_checkpoint, recognize
 from ternarize.progress import Progress
-from ternarize.tensor import TernaryTensor, group_count
+from ternarize.tensor import TernaryTensor
 
 QUIET = Progress(quiet=True)
-
-
-def random_ternary(rows: int, columns: int, size: int, shift: bool = False, seed: int = 0) -> TernaryTensor:
-    generator = torch.Generator().manual_seed(seed)
-    trits = torch.randint(-1, 2, (rows, columns), generator=generator, dtype=torch.int8)
-    groups = rows, group_count(columns, size)
-    scale = (torch.rand(groups, generator=generator) + 0.1).half()
-    return TernaryTensor(
-        trits, scale, (torch.randn(groups, generator=generator) * 16).round().half() / 64 if shift else None, size
-    )
-
-
-@torch.no_grad()
-def make_ternary_checkpoint(folder: Path, family: str, dtype: torch.dtype, **form: Any) -> Path:
-    """A float checkpoint whose linears inside the blocks are ternary."""
-    model = make_model(family)
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if "layers." in name and parameter.ndim == 2:
-            parameter.copy_(random_ternary(*parameter.shape, seed=number, **form).dequantize() * 0.25)
-    model.to(dtype).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("size", [7, 12, 16, 32, 56])

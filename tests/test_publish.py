@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import READER, WRITER, Hub
 from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from tiny import copy_folder, edit_config, edit_tensors, logits
 
 import ternarize
@@ -26,18 +25,6 @@ QUIET = Progress(quiet=True)
 Run = Callable[..., tuple[int, str, str]]
 REPO = "me/tiny-ternary"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that the client in this process talks to, with a token that may write; retries do not wait."""
-    with Hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(_http.time, "sleep", lambda _: None)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        yield server
 
 
 def push(

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ternarize import Recipe
+from ternarize.tensor import TernaryTensor, group_count
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -82,6 +83,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What byte-level tokenizers learn from, and are asked: spaces, digits, contractions, scripts, symbols.
+TEXTS = [
+    "Hello world,  two  spaces and   three.\n\n\tTabs\r\n",
+    "3 33 333 3333 12345678901 3.14159 1,000,000",
+    "don't I'VE you'll WE'RE x's",
+    "def f(x):\n    if x > 0:\n\t\treturn x**2  # comment\n",
+    "Gr\u00f6\u00dfe na\u00efve caf\u00e9 \u4e2d\u6587 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4",
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439",
+    "\U0001f600\U0001f680 \u2705 \u00bd \u00b2 \u2167 \u0663",
+    " ",
+    "<s>a</s> b<extra>c",
+]
+
+
 def characters() -> list[str]:
     """The vocabulary: three special tokens, newline and space in byte-level spelling, then letters and digits."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456"
@@ -99,6 +114,20 @@ def make_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     if chat:
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     return tokenizer
+
+
+def byte_level(*splits: Any, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of `TEXTS` with a few merges, split by the patterns given."""
+    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(splits or [pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    backend.add_tokens(["<extra>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def make_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
@@ -125,6 +154,29 @@ def make_checkpoint(folder: Path, family: str = "llama", chat: bool = False, **c
     """Save `make_model` and its tokenizer as a checkpoint folder."""
     make_model(family, **changes).save_pretrained(folder)
     make_tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def random_ternary(rows: int, columns: int, size: int, shift: bool = False, seed: int = 0) -> TernaryTensor:
+    """Trits, scales and shifts that bfloat16 holds exactly only by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    trits = torch.randint(-1, 2, (rows, columns), generator=generator, dtype=torch.int8)
+    groups = rows, group_count(columns, size)
+    scale = (torch.rand(groups, generator=generator) + 0.1).half()
+    return TernaryTensor(
+        trits, scale, (torch.randn(groups, generator=generator) * 16).round().half() / 64 if shift else None, size
+    )
+
+
+@torch.no_grad()
+def make_ternary_checkpoint(folder: Path, family: str, dtype: torch.dtype, **form: Any) -> Path:
+    """A float checkpoint whose linears inside the blocks are ternary."""
+    model = make_model(family)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "layers." in name and parameter.ndim == 2:
+            parameter.copy_(random_ternary(*parameter.shape, seed=number, **form).dequantize() * 0.25)
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -128,13 +128,15 @@ class _File:
     """A GGUF file, its tensors by the names that transformers has.
 
     Raises:
-        TernarizeError: not a GGUF file, or damaged.
+        TernarizeError: no such file, not a GGUF file, or damaged.
         UnsupportedModelError: an architecture, or something of it, that is not read here.
     """
 
     def __init__(self, source: Path) -> None:
         self.source = source
         self.gguf = load_gguf()
+        if not source.is_file():
+            raise TernarizeError(f"{source}: no such file.")
         try:
             reader = self.gguf.GGUFReader(source)
             arch = reader.fields["general.architecture"].contents()
