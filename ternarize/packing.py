@@ -131,14 +131,16 @@ def decode_levels(levels: Levels, groups: int) -> tuple[Tensor, Tensor | None]:
     middle_nibble = groups * levels.scale_bits // 4
     code = _from_nibbles(nibbles[:, :middle_nibble], levels.scale_bits)
     top = lo + (hi - lo) * levels.record[:, :1].double() / 255
-    scale = torch.exp2(top - span * code / (2**levels.scale_bits - 1))
+    steps = torch.arange(2**levels.scale_bits, dtype=torch.float64, device=code.device)
+    table = torch.exp2(top - span * steps / (len(steps) - 1))  # [O, 2^bits]: a row's scales are among these
+    scale = table.clamp(min=torch.finfo(torch.float16).smallest_normal).half().gather(1, code)
     shift = None
     if levels.shift_bits:
         middle = 2 ** (levels.shift_bits - 1)
         last_nibble = middle_nibble + groups * levels.shift_bits // 4
-        code = _from_nibbles(nibbles[:, middle_nibble:last_nibble], levels.shift_bits)
-        shift = (scale * reach * (code - middle) / (middle - 1)).half()
-    return scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half(), shift
+        shift_code = _from_nibbles(nibbles[:, middle_nibble:last_nibble], levels.shift_bits)
+        shift = (table.gather(1, code) * reach * (shift_code - middle) / (middle - 1)).half()
+    return scale, shift
 
 
 def round_levels(
@@ -206,7 +208,8 @@ def _to_nibbles(codes: Tensor, bits: int) -> Tensor:
 
 
 def _from_nibbles(nibbles: Tensor, bits: int) -> Tensor:
-    nibbles = nibbles.double()
+    """Nibbles [O, G bits / 4], low one first -> codes, int64 [O, G]."""
+    nibbles = nibbles.long()
     return nibbles if bits == 4 else nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
 
 
@@ -216,7 +219,7 @@ def _join_nibbles(nibbles: Tensor) -> Tensor:
 
 
 def _split_nibbles(record: Tensor) -> Tensor:
-    return torch.stack([record % 16, record // 16], -1).flatten(-2)
+    return torch.stack([record & 15, record >> 4], -1).flatten(-2)
 
 
 def int8_row_bytes(columns: int, group_size: int) -> int:

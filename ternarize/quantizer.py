@@ -32,7 +32,7 @@ from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
 from ternarize.grids import Grid
 from ternarize.kernels import cpu
 from ternarize.recipe import DATA_FREE, Recipe
-from ternarize.swap import check_packed_modules, dequantize_modules, lay_out, replace_float_modules, run_natively
+from ternarize.swap import dequantize_modules, lay_out, replace_float_modules, run_natively
 
 if TYPE_CHECKING:
     from ternarize.onload import PackOnLoad
@@ -159,7 +159,6 @@ class TernarizeQuantizer(HfQuantizer):  # type: ignore[misc]
             finish(model)
             model._weight_conversions = []  # type: ignore[assignment]  # it saves under the names that it has
             _say_what_is_lost()
-        check_packed_modules(model)
         model.requires_grad_(False)  # so that products run natively outside of torch.no_grad() too
         run_natively(model)
         lay_out(model)

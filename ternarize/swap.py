@@ -42,20 +42,45 @@ def run_natively(model: nn.Module, activations: str | None = None) -> None:
 
 
 def lay_out(model: nn.Module) -> None:
-    """Lay a model that was just loaded out for this processor: linears in its path's form, int8 tables in large pages.
+    """Check what was just loaded, and lay it out for this processor: linears in its path's form, int8 in large pages.
 
-    The pages of the files are given back: saving, and what is not computed natively, reads linears from there again.
+    One module after another, and the pages of its file are given back: saving, and what is not computed natively, reads
+    linears from there again.
+
+    Raises:
+        FormatError: a packed tensor holds what no conversion writes; its name is in the message.
     """
-    files, modules = MappedFiles(), list(model.modules())
-    for module in modules:  # first, because each is in memory twice for a moment
-        if isinstance(module, (Int8Embedding, Int8Head)) and kernels.native() and module.weight.device.type == "cpu":
+    files = MappedFiles()
+    modules = [(name, module) for name, module in model.named_modules() if _is_packed(module)]
+    for name, module in modules:  # tables first, because each is in memory twice for a moment
+        if isinstance(module, (Int8Embedding, Int8Head)):
+            _check_table(name, module)
             table = module.weight
-            module.weight = kernels.allocate(table.numel()).view(table.shape).copy_(table)
-            files.give_back(table)
-    for module in modules:
-        if isinstance(module, TernaryLinear) and not module.weight.is_meta and module.pack() is not None:
-            files.give_back(module.weight)
-            kernels.trim()
+            if kernels.native() and table.device.type == "cpu":
+                module.weight = kernels.allocate(table.numel()).view(table.shape).copy_(table)
+                files.give_back(table)
+    for name, module in modules:
+        if isinstance(module, TernaryLinear):
+            module.check(name)
+            if module.pack() is not None:
+                files.give_back(module.weight)
+                kernels.trim()
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, (TernaryLinear, Int8Embedding, Int8Head)) and not module.weight.is_meta
+
+
+def _check_table(name: str, module: Int8Embedding | Int8Head) -> None:
+    """Refuse an int8 table whose scales are impossible.
+
+    Raises:
+        FormatError: naming it.
+    """
+    columns = module.embedding_dim if isinstance(module, Int8Embedding) else module.in_features
+    scale = module.weight[:, columns:].clone().view(torch.float16)
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        raise FormatError(f"{name}.weight has scales that are not positive and finite: the file is corrupted.")
 
 
 def replace_float_modules(model: nn.Module, layout: Layout) -> None:
@@ -133,22 +158,6 @@ class ScaledEmbedding(nn.Embedding):
         """ids [...] -> [..., H]."""
         rows = super().forward(ids)
         return rows if self.multiplier == 1.0 else rows * torch.tensor(self.multiplier, dtype=rows.dtype)
-
-
-def check_packed_modules(model: nn.Module) -> None:
-    """Refuse a model whose packed tensors hold impossible values.
-
-    Raises:
-        FormatError: naming the tensor.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear) and not module.weight.is_meta:
-            module.check(name)
-        elif isinstance(module, (Int8Embedding, Int8Head)) and not module.weight.is_meta:
-            columns = module.embedding_dim if isinstance(module, Int8Embedding) else module.in_features
-            scale = module.weight[:, columns:].clone().view(torch.float16)
-            if not bool(((scale > 0) & torch.isfinite(scale)).all()):
-                raise FormatError(f"{name}.weight has scales that are not positive and finite: the file is corrupted.")
 
 
 def _empty_ternary(linear: nn.Module, layout: Layout, wanted: int | None) -> TernaryLinear:
