@@ -103,7 +103,7 @@ def model_card(report: Report, layout: Layout, recipe: str) -> str:
     """
     base = report.base.get("name")
     name = (base or report.source.removeprefix("sample:")).rstrip("/").rpartition("/")[2]
-    formula, levels, parts = _words(layout)
+    formula, levels, parts = describe_levels(layout)
     return CARD.format(
         metadata=_metadata(report, f"{name}, ternary").to_yaml(),
         title=f"{name}, ternary",
@@ -176,7 +176,7 @@ def _results(report: Report) -> list[EvalResult]:
     return found
 
 
-def _words(layout: Layout) -> tuple[str, str, str]:
+def describe_levels(layout: Layout) -> tuple[str, str, str]:
     """The formula of a weight, what its levels are shared by, and what is stored of them."""
     sides, bits = "scale", f"{layout.scale_bits} bits"
     if layout.shift:

@@ -38,7 +38,7 @@ from ternarize.format import QUANT_METHOD
 from ternarize.hub import CARD_FILE, PLACE
 from ternarize.progress import Progress, size
 from ternarize.quantizer import check_folder, quant_method
-from ternarize.report import REPORT_FILE
+from ternarize.report import RECIPE_FILE, REPORT_FILE
 from ternarize.text import load_tokenizer
 
 EXPORT_FILE = "export.json"  # in what `ternarize export` writes
@@ -94,7 +94,10 @@ def prepare(
     }
     card = files.pop(CARD_FILE, None)
     if card is None:
-        raise TernarizeError(f"{folder} has no {CARD_FILE}. `ternarize evaluate {folder}` writes it anew.")
+        raise TernarizeError(
+            f"{folder} has no {CARD_FILE}, the model card. `ternarize evaluate {folder}` writes that of a "
+            "conversion anew; for any other folder write one."
+        )
     return Parcel(repo, private, revision, _addressed(card, repo, base), files)
 
 
@@ -173,7 +176,7 @@ def _check_contents(folder: Path) -> None:
         check_folder(folder)
         if (folder / "tokenizer_config.json").is_file():
             load_tokenizer(folder)
-        if not (folder / REPORT_FILE).is_file():
+        if (folder / RECIPE_FILE).is_file() and not (folder / REPORT_FILE).is_file():
             raise TernarizeError(f"{folder} has no {REPORT_FILE}: it is not all of what ternarize convert wrote.")
         return
     if not (folder / EXPORT_FILE).is_file():

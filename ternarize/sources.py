@@ -233,7 +233,8 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_gguf_card(fields), encoding="utf-8")
+        front = ModelCardData(**describe_gguf(fields)).to_yaml()  # type: ignore[arg-type]
+        (partial / "README.md").write_text(f"---\n{front}\n---\n", encoding="utf-8")
         os.replace(partial, folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have finished first
@@ -262,16 +263,20 @@ def _tie_twins(model: PreTrainedModel) -> None:
         model.config.tie_word_embeddings = True
 
 
-def _gguf_card(fields: dict[str, Any]) -> str:
-    """The metadata of a GGUF file that a model card has too: licence, and the repository that it was made from."""
+def describe_gguf(fields: dict[str, Any]) -> dict[str, str]:
+    """What a GGUF file's metadata say of the model that it was made from, by the names that model cards have.
+
+    Args:
+        fields: GGUFReader.fields.
+    """
     found = {name: str(field.contents()) for name, field in fields.items() if name.startswith("general.")}
     urls = [found.get(f"general.{name}", "") for name in ("source.repo_url", "base_model.0.repo_url")]
     hub = "https://huggingface.co/"
     repo = next((url.removeprefix(hub) for url in urls if url.startswith(hub)), None)
-    data = ModelCardData(
-        base_model=found.get("general.source.huggingface.repository", repo),
-        license=found.get("general.license"),
-        license_name=found.get("general.license.name"),
-        license_link=found.get("general.license.link"),
-    )
-    return f"---\n{data.to_yaml()}\n---\n"
+    known = {
+        "base_model": found.get("general.source.huggingface.repository", repo),
+        "license": found.get("general.license"),
+        "license_name": found.get("general.license.name"),
+        "license_link": found.get("general.license.link"),
+    }
+    return {key: value for key, value in known.items() if value}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny import edit_config, logits, make_checkpoint, make_ternary_checkpoint, random_ternary, read_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -18,6 +19,7 @@ from ternarize.export.export import export
 from ternarize.export.target import TernaryFolder
 from ternarize.importing.folders import import_checkpoint, recognize
 from ternarize.progress import Progress
+from ternarize.publish import prepare
 from ternarize.tensor import TernaryTensor
 
 QUIET = Progress(quiet=True)
@@ -38,6 +40,26 @@ def test_group_size_and_levels_are_found(size: int, shift: bool, dtype: torch.dt
     assert found is not None
     assert found.group_size == size
     assert torch.equal(found.dequantize(dtype), weight)
+
+
+def test_an_imported_folder_has_a_card_that_says_what_it_is(tmp_path: Path) -> None:
+    source = make_ternary_checkpoint(tmp_path / "source", "llama", torch.float32, size=16)
+    (source / "README.md").write_text("---\nlicense: mit\n---\nthe source's own\n")
+    found = import_checkpoint(source, tmp_path / "out", progress=QUIET, name="you/bitnet")
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    data = card.data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("you/bitnet", "quantized")
+    assert (data["license"], data["library_name"]) == ("mit", "transformers")
+    assert "# bitnet, ternary" in card.text
+    assert f"the {found.linears} linears" in card.text
+    assert f"| bits per ternary weight | {found.bits_per_ternary_weight:.3f} (trits and scales" in card.text
+    assert "one scale of 16 bits for each group of 16 columns" in card.text
+    assert "| int8 | nothing |" in card.text
+    parcel = prepare(tmp_path / "out", "me/bitnet-ternary")
+    assert 'ternarize.load("me/bitnet-ternary")' in parcel.card
+    local = import_checkpoint(source, tmp_path / "local", progress=QUIET)
+    assert local == found
+    assert "base_model" not in ModelCard((tmp_path / "local" / "README.md").read_text()).data.to_dict()
 
 
 def test_floats_are_not_recognized() -> None:

@@ -128,7 +128,7 @@ def import_(
     if Path(source).suffix == ".gguf":
         found = import_gguf(Path(source).expanduser(), output, tuple(skip or ()), force, progress)
     else:
-        found = import_checkpoint(resolve(source, revision), output, tuple(skip or ()), force, progress)
+        found = import_checkpoint(resolve(source, revision), output, tuple(skip or ()), force, progress, source)
     if as_json:
         print_json(asdict(found))
         return

@@ -47,9 +47,11 @@ from ternarize.export.bitnet import unpack_rows
 from ternarize.export.export import check_places, replacing
 from ternarize.export.stock import write_shards
 from ternarize.format import TRIPWIRE, Layout
+from ternarize.importing.card import write_card
 from ternarize.progress import Progress
 from ternarize.quantizer import quant_method
 from ternarize.runtime import TernaryLinear
+from ternarize.sources import describe
 from ternarize.tensor import TernaryTensor, expand_groups, group_count
 
 LARGEST_GROUP = 1024  # beside the whole row
@@ -79,6 +81,7 @@ def import_checkpoint(
     skip: tuple[str, ...] = (),
     force: bool = False,
     progress: Progress | None = None,
+    name: str | None = None,
 ) -> Imported:
     """Make a ternarize folder of a checkpoint whose linears are ternary already.
 
@@ -87,6 +90,7 @@ def import_checkpoint(
         output: the folder to write.
         skip: linears to leave as they are, by name, as in a recipe.
         force: replace what is at `output`.
+        name: the source as the user gave it, a Hub id perhaps, for the card.
 
     Raises:
         TernarizeError: a linear is not ternary, or not one that float16 scales hold; the first is named.
@@ -102,8 +106,8 @@ def import_checkpoint(
         for index, block in enumerate(blocks):
             chosen = opened.block(f"{path}.{index}", block)
             kept += chosen[1]
-            for name, tensor in chosen[0].items():
-                found[name] = tensor.group_size, tensor.shift is not None
+            for linear_name, tensor in chosen[0].items():
+                found[linear_name] = tensor.group_size, tensor.shift is not None
             opened.forget(block)
             bar.update(1)
     check_skip(skip, [*found, *kept])
@@ -129,14 +133,14 @@ def import_checkpoint(
         nonlocal stored, weights
         yield from opened.outside(path)
         for index, block in enumerate(blocks):
-            for name, tensor in opened.block(f"{path}.{index}", block)[0].items():
-                bias = getattr(opened.model.get_submodule(name), "bias", None)
+            for linear_name, tensor in opened.block(f"{path}.{index}", block)[0].items():
+                bias = getattr(opened.model.get_submodule(linear_name), "bias", None)
                 linear = TernaryLinear.from_tensor(with_shift(tensor, shift), bias)
                 stored += sum(buffer.nbytes for buffer in linear.buffers())
                 weights += linear.in_features * linear.out_features
-                replace_module(opened.model, name, linear)
-            for name, tensor in block.state_dict(prefix=f"{path}.{index}.").items():
-                yield name, opened.as_source(name, tensor)
+                replace_module(opened.model, linear_name, linear)
+            for full, tensor in block.state_dict(prefix=f"{path}.{index}.").items():
+                yield full, opened.as_source(full, tensor)
             blocks[index] = nn.Identity()
 
     with replacing(output, force) as fresh:
@@ -147,6 +151,10 @@ def import_checkpoint(
         fields["architectures"] = [type(opened.model).__name__]
         fields |= {"quantization_config": layout.to_config(), "transformers_weights": TRIPWIRE}
         write_text(fresh / "config.json", json.dumps(fields, indent=2) + "\n")
+        known = describe(name or str(source), source)
+        base = {"base_model": known.pop("name")} if "name" in known else {}
+        known.pop("gated", None)
+        write_card(fresh, name or str(source), base | known, layout, len(found), 8 * stored / weights)
     return Imported(len(found), dict(sizes), shift, 8 * stored / weights)
 
 

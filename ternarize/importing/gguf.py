@@ -37,9 +37,11 @@ from ternarize.export.gguf.package import load_gguf
 from ternarize.export.gguf.vocabulary import pre_tokenizer_of
 from ternarize.export.stock import write_shards
 from ternarize.format import TRIPWIRE, Layout
+from ternarize.importing.card import write_card
 from ternarize.importing.folders import Imported, recognize, with_shift
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.runtime import TernaryLinear
+from ternarize.sources import describe_gguf
 from ternarize.tensor import TernaryTensor
 
 BLOCKS = {kind.name: kind for kind in (TQ1_0, TQ2_0, Q2_0, Q4_0)}
@@ -121,6 +123,7 @@ def import_gguf(
         fields |= {"architectures": [type(file.model).__name__], "dtype": str(dtype).removeprefix("torch.")}
         fields |= {"quantization_config": layout.to_config(), "transformers_weights": TRIPWIRE}
         write_text(fresh / "config.json", json.dumps(fields, indent=2) + "\n")
+        write_card(fresh, str(source), file.known, layout, len(found), 8 * stored / weights)
     return Imported(len(found), dict(sizes), shift, 8 * stored / weights)
 
 
@@ -147,6 +150,7 @@ class _File:
                 f"{source} is of llama.cpp's architecture {arch!r}; GGUF files are imported of "
                 f"{', '.join(sorted(set(ARCHITECTURES.values())))}."
             )
+        self.known = describe_gguf(reader.fields)
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         if ROPE_FACTORS in self.tensors:
             raise UnsupportedModelError(
