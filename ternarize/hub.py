@@ -16,7 +16,28 @@ from ternarize.report import RECIPE_FILE, REPORT_FILE, Report
 
 CARD_FILE = "README.md"
 PLACE = "PATH_OR_REPO"  # stands in a card for where the folder lies, until it is pushed
-CARD = """\
+LOADING = """\
+## Load
+
+```bash
+pip install ternarize
+```
+
+```python
+import ternarize
+
+model, tokenizer = ternarize.load("{place}")
+```
+
+or, after `import ternarize`, with `AutoModelForCausalLM.from_pretrained("{place}")`. From a shell:
+`ternarize generate {place} "Once upon a time"`.
+
+Without the package, or without its import, transformers stops with an error that names
+`{tripwire}`; it never goes on with random weights.
+
+"""
+CARD = (
+    """\
 ---
 {metadata}
 ---
@@ -43,24 +64,9 @@ Every weight of the {count} linears inside its decoder layers is `{formula}`, tr
 Relative error of the linears' outputs on the calibration text: {error:.3f} (mean by weights{distilled});
 each one stands in `report.json`.
 
-## Load
-
-```bash
-pip install ternarize
-```
-
-```python
-import ternarize
-
-model, tokenizer = ternarize.load("{place}")
-```
-
-or, after `import ternarize`, with `AutoModelForCausalLM.from_pretrained("{place}")`. From a shell:
-`ternarize generate {place} "Once upon a time"`.
-
-Without the package, or without its import, transformers stops with an error that names
-`{tripwire}`; it never goes on with random weights.
-
+"""
+    + LOADING
+    + """\
 ## Make it again
 
 ```bash
@@ -78,6 +84,7 @@ with the settings in `recipe.yaml`, which `--recipe recipe.yaml` takes:
 Ternary weights cost quality, most in small models and on what the calibration text did not cover. Measure on your own
 task before you rely on it. {rights}
 """
+)
 
 NOT_MEASURED = """\
 Not measured yet. `ternarize evaluate FOLDER --teacher SOURCE` measures perplexity, KL to the teacher and agreement,

@@ -18,7 +18,7 @@ import torch
 import typer
 import yaml
 from hub_server import Hub
-from tiny import byte_level, make_checkpoint, make_ternary_checkpoint, make_text
+from tiny import TASK, byte_level, make_checkpoint, make_ternary_checkpoint, make_text
 from transformers import AutoModelForCausalLM
 
 from ternarize import cli, gate, recipe, sources
@@ -43,17 +43,6 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ternarize ")]
-TASK = """\
-task: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {items}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{right}}}}"
-metric_list: [{{metric: acc}}]
-"""
 
 
 @pytest.fixture
@@ -70,7 +59,7 @@ def place(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (work / "tasks").mkdir()
     write_lines(work / "tasks" / "piqa_valid.jsonl", {"goal": "go", "sol1": "left", "sol2": "right", "label": 0}, 4)
     write_lines(work / "tasks" / "items.json", {"question": "a", "choices": ["b", "c"], "right": 1}, 4)
-    (work / "tasks" / "mine.yaml").write_text(TASK.format(items=work / "tasks" / "items.json"))
+    (work / "tasks" / "mine.yaml").write_text(TASK.format(name="mine", items=work / "tasks" / "items.json"))
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     for path in recipe.RECIPE_FOLDER.glob("*.yaml"):

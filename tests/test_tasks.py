@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny import copy_folder, logits
+from tiny import TASK, copy_folder, logits
 
 import ternarize
 from ternarize.errors import TernarizeError
@@ -23,18 +23,6 @@ from ternarize.report import Report
 from ternarize.tasks import Score, evaluate_tasks
 
 Run = Callable[..., tuple[int, str, str]]
-OWN = """\
-task: own
-tag: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {items}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{right}}}}"
-metric_list: [{{metric: acc}}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = [{"question": f"a{i} b", "choices": ["c", "dd", "eee"], "right": i % 3} for i in range(9)]
     (folder / "piqa_valid.jsonl").write_text("".join(json.dumps(item) + "\n" for item in piqa))
     (folder / "items.json").write_text("".join(json.dumps(item) + "\n" for item in own))
-    (folder / "own.yaml").write_text(OWN.format(items=folder / "items.json"))
+    (folder / "own.yaml").write_text(TASK.format(name="own", items=folder / "items.json"))
     (folder / "all.yaml").write_text("group: all\ntask: [own]\naggregate_metric_list: [{metric: acc}]\n")
     (folder / "loose.yaml").write_text("group: loose\ntask: [own]\n")
     return folder
@@ -98,7 +86,7 @@ def test_perfect_scores_are_counted(llama: Path, data: Path, tmp_path: Path) -> 
 
 def test_groups_and_tags_stand_for_their_tasks(llama: Path, data: Path) -> None:
     (own,) = score(llama, data, "own")
-    for name, shown in (("mine", "own"), ("loose", "own"), ("all", "all")):
+    for name, shown in (("some", "own"), ("loose", "own"), ("all", "all")):
         found, piqa = sorted(score(llama, data, "piqa", name), key=lambda row: row.task == "piqa")
         assert (found.task, found.metric, found.items, found.score) == (shown, "acc", 9, own.score)
         assert piqa.task == "piqa"
@@ -124,7 +112,7 @@ def test_what_cannot_be_read_is_said(llama: Path, data: Path, tmp_path: Path, ru
     (tmp_path / "piqa.jsonl").write_text('{"goal": "x"}\n')
     with pytest.raises(TernarizeError, match=r"piqa\.jsonl does not hold items of piqa"):
         score(llama, tmp_path, "piqa")
-    (tmp_path / "bad.yaml").write_text(OWN.replace("task: own", "task: bad").format(items=tmp_path / "none.json"))
+    (tmp_path / "bad.yaml").write_text(TASK.format(name="bad", items=tmp_path / "none.json"))
     with pytest.raises(TernarizeError, match=r"lm-eval cannot load bad.*Check the connection"):
         score(llama, tmp_path, "bad")
     assert run("evaluate", llama, "--task-data", data)[0] == 2

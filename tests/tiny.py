@@ -83,6 +83,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# A task of lm-eval on the items of a JSON file: question, choices, right.
+TASK = """\
+task: {name}
+tag: some
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{right}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
 # What byte-level tokenizers learn from, and are asked: spaces, digits, contractions, scripts, symbols.
 TEXTS = [
     "Hello world,  two  spaces and   three.\n\n\tTabs\r\n",

@@ -10,10 +10,11 @@ from huggingface_hub import ModelCardData
 from ternarize import __version__
 from ternarize.checkpoint import find_shards, write_text
 from ternarize.format import TRIPWIRE, Layout
-from ternarize.hub import CARD_FILE, PLACE, describe_levels
+from ternarize.hub import CARD_FILE, LOADING, PLACE, describe_levels
 from ternarize.progress import size
 
-CARD = """\
+CARD = (
+    """\
 ---
 {metadata}
 ---
@@ -30,26 +31,12 @@ Nothing was fitted or rounded: every weight of the {count} linears inside its de
 | weight files | {bytes} |
 | int8 | {int8} |
 
-## Load
-
-```bash
-pip install ternarize
-```
-
-```python
-import ternarize
-
-model, tokenizer = ternarize.load("{place}")
-```
-
-or, after `import ternarize`, with `AutoModelForCausalLM.from_pretrained("{place}")`. From a shell:
-`ternarize generate {place} "Once upon a time"`.
-
-Without the package, or without its import, transformers stops with an error that names
-`{tripwire}`; it never goes on with random weights.
-
+"""
+    + LOADING
+    + """\
 The base model's licence and limits apply.
 """
+)
 
 
 def write_card(folder: Path, name: str, known: dict[str, Any], layout: Layout, linears: int, bits: float) -> None:
