@@ -1,6 +1,6 @@
 """The native products against the reference: every path, every shape, every value that can come.
 
-A path that this processor lacks is skipped with that reason; `tests/test_native.py` runs NEON under emulation.
+A path that this processor lacks is skipped with that reason; `tests/test_native.py` runs all of them under emulation.
 """
 
 from __future__ import annotations
