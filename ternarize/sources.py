@@ -233,7 +233,8 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        front = ModelCardData(**describe_gguf(fields)).to_yaml()  # type: ignore[arg-type]
+        known = describe_gguf(fields)
+        front = ModelCardData(base_model=known.pop("name", None), **known).to_yaml()  # type: ignore[arg-type]
         (partial / "README.md").write_text(f"---\n{front}\n---\n", encoding="utf-8")
         os.replace(partial, folder)
     except OSError as error:
@@ -264,7 +265,7 @@ def _tie_twins(model: PreTrainedModel) -> None:
 
 
 def describe_gguf(fields: dict[str, Any]) -> dict[str, str]:
-    """What a GGUF file's metadata say of the model that it was made from, by the names that model cards have.
+    """What a GGUF file's metadata say of the model that it was made from, as `describe` says it.
 
     Args:
         fields: GGUFReader.fields.
@@ -274,7 +275,7 @@ def describe_gguf(fields: dict[str, Any]) -> dict[str, str]:
     hub = "https://huggingface.co/"
     repo = next((url.removeprefix(hub) for url in urls if url.startswith(hub)), None)
     known = {
-        "base_model": found.get("general.source.huggingface.repository", repo),
+        "name": found.get("general.source.huggingface.repository", repo),
         "license": found.get("general.license"),
         "license_name": found.get("general.license.name"),
         "license_link": found.get("general.license.link"),

@@ -2,4 +2,7 @@
 
 folders    Hugging Face checkpoints: BitNet's, and floats of which each group holds two or three levels
 gguf       GGUF files
+weight     one weight's ternary form
+writing    the folder, which both end with
+card       its README.md
 """

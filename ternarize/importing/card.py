@@ -45,18 +45,19 @@ def write_card(folder: Path, name: str, known: dict[str, Any], layout: Layout, l
     Args:
         folder: where.
         name: of the source, as the user gave it.
-        known: of the base model: base_model, license, license_name, license_link, language, as far as they are known.
+        known: of the base model, what `sources.describe` says.
         layout: of the folder.
         linears: how many are ternary; bits: per ternary weight.
     """
-    base = known.get("base_model")
+    base = known.get("name")
     formula, levels, parts = describe_levels(layout)
     data = ModelCardData(
+        base_model=base,
         base_model_relation="quantized" if base else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["ternarize", "ternary"],
-        **known,
+        **{key: value for key, value in known.items() if key not in ("name", "gated")},
     )
     text = CARD.format(
         metadata=data.to_yaml(),

@@ -12,9 +12,7 @@ is the source's weight, bit for bit. Embeddings and all else stay as they are.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import (
-    check_skip,
     choose_linears,
     find_blocks,
     linear_weight,
@@ -40,39 +37,17 @@ from ternarize.checkpoint import (
     read_header,
     release,
     tied_parameters,
-    write_text,
 )
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.export.bitnet import unpack_rows
 from ternarize.export.export import check_places, replacing
-from ternarize.export.stock import write_shards
-from ternarize.format import TRIPWIRE, Layout
-from ternarize.importing.card import write_card
+from ternarize.importing.weight import recognize, with_shift
+from ternarize.importing.writing import Form, Imported, lay_out, write_folder
 from ternarize.progress import Progress
 from ternarize.quantizer import quant_method
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import describe
-from ternarize.tensor import TernaryTensor, expand_groups, group_count
-
-LARGEST_GROUP = 1024  # beside the whole row
-FEW_ROWS = 8  # that a group size is tried on first
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What was found.
-
-    Args:
-        linears: how many became ternary.
-        group_sizes: {S: how many linears have it}.
-        shift: whether they have one.
-        bits_per_ternary_weight: all side data counted.
-    """
-
-    linears: int
-    group_sizes: dict[int, int]
-    shift: bool
-    bits_per_ternary_weight: float
+from ternarize.tensor import TernaryTensor
 
 
 def import_checkpoint(
@@ -100,137 +75,36 @@ def import_checkpoint(
     check_places(source, [output], force)
     opened = _open(source, skip)
     path, blocks = find_blocks(opened.model)
-    found: dict[str, tuple[int, bool]] = {}
+    found: dict[str, Form] = {}
     kept: list[str] = []
     with progress.bar("reading", total=len(blocks), unit="block") as bar:
         for index, block in enumerate(blocks):
-            chosen = opened.block(f"{path}.{index}", block)
-            kept += chosen[1]
-            for linear_name, tensor in chosen[0].items():
-                found[linear_name] = tensor.group_size, tensor.shift is not None
+            ternary, others = opened.block(f"{path}.{index}", block)
+            found |= {linear: Form.of(tensor) for linear, tensor in ternary.items()}
+            kept += others
             opened.forget(block)
             bar.update(1)
-    check_skip(skip, [*found, *kept])
-    if not found:
-        raise TernarizeError(f"{source} has no linear left to import: skip takes all of them.")
-    shift = any(moved for _, moved in found.values())
-    sizes = Counter(size for size, _ in found.values())
-    usual = sizes.most_common(1)[0][0]
-    layout = Layout(
-        blocks=path,
-        group_size=usual,
-        shift=shift,
-        kept=tuple(sorted(kept)),
-        int8={},
-        int8_group_size=64,
-        group_sizes={name: size for name, (size, _) in found.items() if size != usual},
-    )
-    stored = weights = 0
+    layout = lay_out(source, path, found, kept, skip)
     opened = _open(source, skip)  # once more: reading takes mixtures apart
-    _, blocks = find_blocks(opened.model)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        nonlocal stored, weights
         yield from opened.outside(path)
-        for index, block in enumerate(blocks):
-            for linear_name, tensor in opened.block(f"{path}.{index}", block)[0].items():
-                bias = getattr(opened.model.get_submodule(linear_name), "bias", None)
-                linear = TernaryLinear.from_tensor(with_shift(tensor, shift), bias)
-                stored += sum(buffer.nbytes for buffer in linear.buffers())
-                weights += linear.in_features * linear.out_features
-                replace_module(opened.model, linear_name, linear)
+        blocks_again = find_blocks(opened.model)[1]
+        for index, block in enumerate(blocks_again):
+            for linear, tensor in opened.block(f"{path}.{index}", block)[0].items():
+                bias = getattr(opened.model.get_submodule(linear), "bias", None)
+                replace_module(opened.model, linear, TernaryLinear.from_tensor(with_shift(tensor, layout.shift), bias))
             for full, tensor in block.state_dict(prefix=f"{path}.{index}.").items():
                 yield full, opened.as_source(full, tensor)
-            blocks[index] = nn.Identity()
+            blocks_again[index] = nn.Identity()
 
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    title = name or str(source)
     with replacing(output, force) as fresh:
         fresh.mkdir()
-        write_shards(fresh, tensors())
         copy_side_files(source, fresh)
-        fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        fields["architectures"] = [type(opened.model).__name__]
-        fields |= {"quantization_config": layout.to_config(), "transformers_weights": TRIPWIRE}
-        write_text(fresh / "config.json", json.dumps(fields, indent=2) + "\n")
-        known = describe(name or str(source), source)
-        base = {"base_model": known.pop("name")} if "name" in known else {}
-        known.pop("gated", None)
-        write_card(fresh, name or str(source), base | known, layout, len(found), 8 * stored / weights)
-    return Imported(len(found), dict(sizes), shift, 8 * stored / weights)
-
-
-# -- one weight ----------------------------------------------------------------------------------------------------
-
-
-def recognize(weight: Tensor) -> TernaryTensor | None:
-    """The ternary form of a weight [O, I], in its own type; None where it has none.
-
-    The largest groups that hold are taken, and a shift only where there is none without.
-    """
-    columns = weight.shape[1]
-    for levels in (_symmetric, _moved):
-        for size in (columns, *range(min(columns - 1, LARGEST_GROUP), 3, -1)):
-            if all(_fits(part, size, levels) for part in (weight[:FEW_ROWS], weight)):
-                return _form(weight, size, levels)
-    return None
-
-
-def _fits(weight: Tensor, size: int, levels: Callable[[Tensor], tuple[Tensor, Tensor]]) -> bool:
-    scale, shift = levels(_grouped(weight, size))
-    columns = weight.shape[1]
-    wide, moved = (expand_groups(level.half().float(), columns, size) for level in (scale, shift))
-    trits = ((weight.float() - moved) / wide).round().clamp(-1, 1)
-    return torch.equal((wide * trits + moved).to(weight.dtype), weight)
-
-
-def _form(weight: Tensor, size: int, levels: Callable[[Tensor], tuple[Tensor, Tensor]]) -> TernaryTensor:
-    columns = weight.shape[1]
-    scale, shift = (level.half() for level in levels(_grouped(weight, size)))
-    wide, moved = (expand_groups(level.float(), columns, size) for level in (scale, shift))
-    trits = ((weight.float() - moved) / wide).round().clamp(-1, 1).to(torch.int8)
-    return TernaryTensor(trits, scale, shift if levels is _moved else None, size)
-
-
-def _grouped(weight: Tensor, size: int) -> Tensor:
-    """float32 [O, G, S]; a short last group is filled with its own last column."""
-    padding = group_count(weight.shape[1], size) * size - weight.shape[1]
-    wide = weight.float()
-    return torch.cat([wide, wide[:, -1:].expand(-1, padding)], 1).unflatten(1, (-1, size))
-
-
-def _symmetric(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift [O, G] where the levels are -s, 0, s: the largest is s. A group of zeros may have any scale."""
-    scale = groups.abs().amax(-1)
-    return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale)
-
-
-def _moved(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift [O, G] with a shift: three levels are the two ends and the middle.
-
-    Of two levels any two of three may be meant: the first pair whose scale and shift float16 holds is taken. One level
-    is its shift, and what float16 leaves of it.
-    """
-    low, high = groups.aminmax(dim=-1)
-    middle, span = (high + low) / 2, high - low
-    three = ((groups > low[..., None]) & (groups < high[..., None])).any(-1)
-    scale, shift = span / 2, middle
-    for other in (low, high):
-        better = ~three & ~(_in_half(scale) & _in_half(shift)) & _in_half(span) & _in_half(other)
-        scale, shift = torch.where(better, span, scale), torch.where(better, other, shift)
-    one = span == 0
-    shift = torch.where(one, low.half().float(), shift)
-    scale = torch.where(one, (low - shift).abs(), scale)
-    return torch.where(scale > 0, scale, 1.0), shift
-
-
-def _in_half(values: Tensor) -> Tensor:
-    return values.half().float() == values
-
-
-def with_shift(tensor: TernaryTensor, shift: bool) -> TernaryTensor:
-    """The same weight with a shift of 0, where its folder has shifts."""
-    if not shift or tensor.shift is not None:
-        return tensor
-    return TernaryTensor(tensor.trits, tensor.scale, torch.zeros_like(tensor.scale), tensor.group_size)
+        config["architectures"] = [type(opened.model).__name__]
+        return write_folder(fresh, layout, found, tensors(), config, title, describe(title, source))
 
 
 # -- what is read --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ in Q8_0 stay in 8 bits, with the same codes. All else goes into the smallest flo
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ternarize.architecture import check_skip, choose_linears, find_blocks
+from ternarize.architecture import choose_linears, find_blocks
 from ternarize.block import embedding_multiplier
-from ternarize.checkpoint import make_skeleton, tied_parameters, write_text
+from ternarize.checkpoint import make_skeleton, tied_parameters
 from ternarize.errors import FormatError, TernarizeError, UnsupportedModelError
 from ternarize.export.export import check_places, replacing
 from ternarize.export.gguf.blocks import Q2_0, Q4_0, TQ1_0, TQ2_0, read_blocks, unpack
@@ -35,10 +34,8 @@ from ternarize.export.gguf.model import (
 )
 from ternarize.export.gguf.package import load_gguf
 from ternarize.export.gguf.vocabulary import pre_tokenizer_of
-from ternarize.export.stock import write_shards
-from ternarize.format import TRIPWIRE, Layout
-from ternarize.importing.card import write_card
-from ternarize.importing.folders import Imported, recognize, with_shift
+from ternarize.importing.weight import recognize, with_shift
+from ternarize.importing.writing import Form, Imported, lay_out, write_folder
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import describe_gguf
@@ -74,57 +71,34 @@ def import_gguf(
         chosen = choose_linears(block, f"{path}.{index}", skip)
         linears |= chosen.ternary
         kept += chosen.kept
-    check_skip(skip, [*linears, *kept])
     found: dict[str, TernaryTensor] = {}
     with progress.bar("reading", total=len(linears), unit="linear") as bar:
         for name in linears:
             found[name] = file.linear(name)
             bar.update(1)
-    if not found:
-        raise TernarizeError(f"{source} has no linear left to import: skip takes all of them.")
-    shift = any(tensor.shift is not None for tensor in found.values())
-    sizes = Counter(tensor.group_size for tensor in found.values())
-    usual = sizes.most_common(1)[0][0]
+    forms = {name: Form.of(tensor) for name, tensor in found.items()}
     tables = file.tables()
+    multipliers = {name.removesuffix(".weight"): file.multiplier(name) for name in tables}
+    layout = lay_out(source, path, forms, kept, skip, multipliers, file.table_group_size(tables))
     rest = [name for name in file.names if name.removesuffix(".weight") not in found]
     floats = {name: file.float_type(name) for name in rest if name not in tables}
-    layout = Layout(
-        blocks=path,
-        group_size=usual,
-        shift=shift,
-        kept=tuple(sorted(kept)),
-        int8={name.removesuffix(".weight"): file.multiplier(name) for name in tables},
-        int8_group_size=file.table_group_size(tables),
-        group_sizes={name: t.group_size for name, t in found.items() if t.group_size != usual},
-    )
-    stored = weights = 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        nonlocal stored, weights
         for name, tensor in found.items():
-            packed = TernaryLinear.from_tensor(with_shift(tensor, shift))
-            for last, buffer in packed.named_buffers():
-                stored += buffer.nbytes
+            for last, buffer in TernaryLinear.from_tensor(with_shift(tensor, layout.shift)).named_buffers():
                 yield f"{name}.{last}", buffer
-            weights += tensor.trits.numel()
         for name in rest:
-            yield (
-                name,
-                file.table(name, layout.int8_group_size) if name in tables else file.float(name).to(floats[name]),
-            )
+            table = name in tables
+            yield name, file.table(name, layout.int8_group_size) if table else file.float(name).to(floats[name])
 
+    config = json.loads(file.config.to_json_string())
+    # The widest of them: nothing is rounded where a model is loaded in the type that it names.
+    dtype = max(floats.values(), key=FLOATS.index) if len(set(floats.values())) == 1 else torch.float32
+    config |= {"architectures": [type(file.model).__name__], "dtype": str(dtype).removeprefix("torch.")}
     with replacing(output, force) as fresh:
         fresh.mkdir()
-        write_shards(fresh, tensors())
         file.tokenizer.save_pretrained(fresh)
-        fields = json.loads(file.config.to_json_string())
-        # The widest of them: nothing is rounded where a model is loaded in the type that it names.
-        dtype = max(floats.values(), key=FLOATS.index) if len(set(floats.values())) == 1 else torch.float32
-        fields |= {"architectures": [type(file.model).__name__], "dtype": str(dtype).removeprefix("torch.")}
-        fields |= {"quantization_config": layout.to_config(), "transformers_weights": TRIPWIRE}
-        write_text(fresh / "config.json", json.dumps(fields, indent=2) + "\n")
-        write_card(fresh, str(source), file.known, layout, len(found), 8 * stored / weights)
-    return Imported(len(found), dict(sizes), shift, 8 * stored / weights)
+        return write_folder(fresh, layout, forms, tensors(), config, str(source), file.known)
 
 
 class _File:
