@@ -17,12 +17,13 @@ from ternarize.calibration import Walk, autocast_enabled, capture
 from ternarize.checkpoint import tied_parameters
 from ternarize.choice import embedding_multiplier
 from ternarize.errors import TernarizeError, UnsupportedModelError
+from ternarize.format import Table
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
 from ternarize.report import LinearReport
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, unpacked
+from ternarize.runtime import TableEmbedding, TableHead, TernaryLinear, unpacked
 from ternarize.solver import LinearStatistics, fit, relative_error
-from ternarize.swap import tie_int8_heads
+from ternarize.swap import tie_table_heads
 from ternarize.tuning import Tuned, make_ternary, make_trainable, tune
 
 FEWEST_TOKENS = 4  # an expert that saw fewer than in_features / FEWEST_TOKENS tokens is fitted without data
@@ -191,18 +192,19 @@ def replay_block(
     advance(student, index, block)
 
 
-def pack_embeddings(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> dict[str, float]:
-    """Put the int8 embedding and head that the plan names in their places; returns {name: multiplier}."""
-    int8: dict[str, float] = {}
-    for name in plan.int8:
+def pack_embeddings(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> dict[str, Table]:
+    """Put the embedding and head that the plan names in their places, packed; returns how, by name."""
+    tables: dict[str, Table] = {}
+    for name, (_, _, bits) in plan.tables.items():
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
-            int8[name] = embedding_multiplier(module, name)
-            new: nn.Module = Int8Embedding.from_weight(module.weight, recipe.int8_group_size, int8[name])
+            table = Table(bits, embedding_multiplier(module, name))
+            new: nn.Module = TableEmbedding.from_weight(module.weight, recipe.int8_group_size, *table)
         else:
             assert isinstance(module, nn.Linear)
-            int8[name] = 1.0
-            new = Int8Head.from_weight(module.weight, recipe.int8_group_size, module.bias)
+            table = Table(bits)
+            new = TableHead.from_weight(module.weight, recipe.int8_group_size, bits, module.bias)
+        tables[name] = table
         replace_module(model, name, new)
-    tie_int8_heads(model, tied_parameters(model))
-    return int8
+    tie_table_heads(model, tied_parameters(model))
+    return tables

@@ -1,4 +1,4 @@
-"""What of a model becomes ternary, what becomes int8, and what stays float: the same for every way to convert one.
+"""What of a model becomes ternary, int8 or int6, and what stays float: the same for every way to convert one.
 
 Only shapes are looked at, so a skeleton on the meta device will do.
 """
@@ -23,8 +23,11 @@ from ternarize.architecture import (
 )
 from ternarize.checkpoint import tied_parameters
 from ternarize.errors import TernarizeError, UnsupportedModelError
-from ternarize.format import Layout
+from ternarize.format import Layout, Table
+from ternarize.packing import check_table
 from ternarize.recipe import Recipe
+
+TABLE_BITS = {"int8": 8, "int6": 6}
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ class Choice:
     Args:
         blocks: path of the list of decoder layers.
         ternary: {linear: (O, I)}.
-        int8: embeddings and heads.
+        tables: {embedding or head: bits of a code}.
         kept: {linear inside the blocks that stays float: why}.
     """
 
     blocks: str
     ternary: dict[str, tuple[int, int]]
-    int8: list[str]
+    tables: dict[str, int]
     kept: dict[str, str]
 
 
@@ -52,7 +55,7 @@ def choose(model: PreTrainedModel, recipe: Recipe) -> Choice:
         TernarizeError: the recipe does not fit the model (a skip that matches nothing, too large a group).
     """
     path, blocks = find_blocks(model)
-    int8 = choose_int8(model, recipe)
+    tables = choose_tables(model, recipe)
     ternary: dict[str, tuple[int, int]] = {}
     kept: dict[str, str] = {}
     seen: dict[int, str] = {}
@@ -86,17 +89,17 @@ def choose(model: PreTrainedModel, recipe: Recipe) -> Choice:
             f"group_size {recipe.group_size} is wider than every linear of {type(model).__name__} "
             f"(widest: {widest} input columns). Choose at most {widest}, or null for one group a row."
         )
-    return Choice(path, ternary, int8, kept)
+    return Choice(path, ternary, tables, kept)
 
 
 def make_layout(
-    recipe: Recipe, blocks: str, kept: list[str], int8: dict[str, float], group_sizes: dict[str, int] | None = None
+    recipe: Recipe, blocks: str, kept: list[str], tables: dict[str, Table], group_sizes: dict[str, int] | None = None
 ) -> Layout:
     """What the folder's config says of its tensors.
 
     Args:
         blocks, kept: as a `Choice` has them.
-        int8: {name: multiplier} of the int8 modules.
+        tables: of embeddings and heads, by name.
         group_sizes: of linears, where they may have another one than the recipe's.
     """
     return Layout(
@@ -104,7 +107,8 @@ def make_layout(
         group_size=recipe.group_size,
         shift=recipe.grid == "dlt",
         kept=tuple(sorted(kept)),
-        int8=int8,
+        int8={name: table.multiplier for name, table in tables.items() if table.bits == 8},
+        int6={name: table.multiplier for name, table in tables.items() if table.bits == 6},
         int8_group_size=recipe.int8_group_size,
         scale_bits=recipe.scale_bits,
         shift_bits=recipe.shift_bits if recipe.grid == "dlt" else recipe.scale_bits,
@@ -118,16 +122,22 @@ def find_embeddings(model: PreTrainedModel) -> tuple[str | None, str | None]:
     return names.get(id(model.get_input_embeddings())), names.get(id(model.get_output_embeddings()))
 
 
-def choose_int8(model: PreTrainedModel, recipe: Recipe) -> list[str]:
-    """The modules that are stored in int8, by the recipe; a tied head is not among them, it has no table."""
+def choose_tables(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
+    """{embedding or head that does not stay float: bits of a code}; a tied head is not among them, it has no table.
+
+    Raises:
+        TernarizeError: the recipe's bits do not fit a table.
+    """
     embedding, head = find_embeddings(model)
     tied = tied_parameters(model)
-    chosen = []
-    if embedding and recipe.embeddings == "int8" and isinstance(model.get_submodule(embedding), nn.Embedding):
-        chosen.append(embedding)
+    chosen: dict[str, int] = {}
+    if embedding and recipe.embeddings != "keep" and isinstance(model.get_submodule(embedding), nn.Embedding):
+        chosen[embedding] = TABLE_BITS[recipe.embeddings]
     own_head = head and f"{head}.weight" not in tied
-    if head and own_head and recipe.head == "int8" and isinstance(model.get_submodule(head), nn.Linear):
-        chosen.append(head)
+    if head and own_head and recipe.head != "keep" and isinstance(model.get_submodule(head), nn.Linear):
+        chosen[head] = TABLE_BITS[recipe.head]
+    for name, bits in chosen.items():
+        check_table(model.get_parameter(f"{name}.weight").shape[1], recipe.int8_group_size, bits, name)
     return chosen
 
 

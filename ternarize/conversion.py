@@ -167,7 +167,7 @@ def _convert(job: Job) -> tuple[Report, Evaluation | None, Tensor | None]:
     place(model, job.device)
     batched = [batch.to(job.device) for batch in batches(ids)] if ids is not None else []
     teacher = start_walk(model, blocks, path, batched)
-    int8 = pack_embeddings(model, job.plan, recipe)
+    tables = pack_embeddings(model, job.plan, recipe)
     student = start_walk(model, blocks, path, batched)
     if not work.has(OUTSIDE):
         work.write(OUTSIDE, _outside_tensors(model, path, checkpoint), [])
@@ -194,7 +194,7 @@ def _convert(job: Job) -> tuple[Report, Evaluation | None, Tensor | None]:
         window = {f"{path}.{index}": blocks[index] for index in range(end, len(blocks))}
         tunings.append(_convert_ending(job, window, end, teacher, student, batched))
         parts[1 + end :] = [ENDING]
-    layout = make_layout(recipe, job.plan.blocks, job.plan.kept_linears, int8, group_sizes)
+    layout = make_layout(recipe, job.plan.blocks, job.plan.kept_linears, tables, group_sizes)
     report = _assemble(job, parts, layout, entries, ids)
     if tunings:
         report.run["tune"] = tunings
@@ -344,6 +344,7 @@ def _assemble(job: Job, parts: list[str], layout: Layout, entries: list[LinearRe
         model=plan.model,
         linears=entries,
         int8=sorted(layout.int8),
+        int6=sorted(layout.int6),
         kept=[asdict(kept) for kept in plan.kept],
         bits_per_ternary_weight=stored / plan.ternary_weights,
         bits_per_weight=8 * output_bytes / plan.weights,

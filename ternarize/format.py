@@ -1,4 +1,4 @@
-"""The file contract: what a ternarize folder holds, format versions 1 and 2.
+"""The file contract: what a ternarize folder holds, format versions 1, 2 and 3.
 
 A folder is an ordinary Hugging Face checkpoint (config.json, tokenizer files, model.safetensors, or shards with
 model.safetensors.index.json) in which some modules hold other tensors than usual. Names are those of the modules in
@@ -18,9 +18,10 @@ or, with scales and shifts in 8 or 4 bits (version 2), instead of NAME.scale and
 
     weight[o, i] = scale[o, i // S] * trit[o, i] + shift[o, i // S]
 
-An int8 embedding or head, V x H, groups of S8 columns:
+An int8 or int6 embedding or head, V x H, groups of S8 columns:
 
-    NAME.weight   uint8  [V, H + 2 ceil(H / S8)]    codes and fp16 scales (see `packing`)
+    NAME.weight   uint8  [V, H + 2 ceil(H / S8)]          int8: codes and fp16 scales (see `packing`)
+                         [V, 3 H / 4 + 2 ceil(H / S8)]    int6
 
 Everything else stands as in the source, in the source's dtype. A mixture that was unfused also carries, under the
 fused parameters' names (`...experts.gate_up_proj`), empty uint8 tensors that mean nothing: see "Failing loudly".
@@ -28,7 +29,7 @@ fused parameters' names (`...experts.gate_up_proj`), empty uint8 tensors that me
 config.json, "quantization_config":
 
     quant_method     "ternarize"
-    format_version   1, or 2 where something is used that version 1 does not have
+    format_version   1, or 2 or 3 where something is used that the ones before it do not have
     packing          "base3"
     blocks           path of the list of decoder layers; every linear in it is ternary unless listed in "kept"
     group_size       S, or null for one group a row
@@ -40,6 +41,7 @@ config.json, "quantization_config":
     scale_bits       16, 8 or 4 (version 2; 16 in version 1)
     shift_bits       16, 8 or 4 (version 2; 16 in version 1)
     group_sizes      {linear: S} of those that have another S than group_size (version 2; none in version 1)
+    int6             as int8 (version 3; none before)
 
 Failing loudly. transformers without this package skips an unknown quant_method with a warning and would go on with
 random weights. Two things forbid that: every packed tensor bears the name of the float weight but another shape, which
@@ -53,14 +55,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ternarize.errors import FormatError
 
 QUANT_METHOD = "ternarize"
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 PACKING = "base3"
 TRIPWIRE = "first-run-pip-install-ternarize-and-import-ternarize.safetensors"
+
+
+class Table(NamedTuple):
+    """How an embedding or head is stored: bits of a code, and what its module's own forward multiplies a row by."""
+
+    bits: int
+    multiplier: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,22 @@ class Layout:
     scale_bits: int = 16
     shift_bits: int = 16
     group_sizes: dict[str, int] = field(default_factory=dict)
+    int6: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The embeddings and heads of `int8` and `int6`."""
+        eight = {name: Table(8, multiplier) for name, multiplier in self.int8.items()}
+        return eight | {name: Table(6, multiplier) for name, multiplier in self.int6.items()}
 
     def to_config(self) -> dict[str, Any]:
         """The "quantization_config" of config.json, of the lowest version that can say it."""
         fields = asdict(self) | {"kept": list(self.kept)}
-        version = 2
-        if self.scale_bits == self.shift_bits == 16 and not self.group_sizes:
+        version = 3
+        if not self.int6:
+            version = 2
+            del fields["int6"]
+        if version == 2 and self.scale_bits == self.shift_bits == 16 and not self.group_sizes:
             version = 1
             del fields["scale_bits"], fields["shift_bits"], fields["group_sizes"]
         return {"quant_method": QUANT_METHOD, "format_version": version, "packing": PACKING} | fields
@@ -105,7 +124,7 @@ class Layout:
         if version not in FORMAT_VERSIONS:
             raise FormatError(
                 f"config.json says format_version {version!r}; this ternarize reads "
-                f"{' and '.join(map(str, FORMAT_VERSIONS))}. "
+                f"{', '.join(map(str, FORMAT_VERSIONS))}. "
                 "Upgrade with: pip install --upgrade ternarize"
             )
         if packing != PACKING:
@@ -127,11 +146,15 @@ class Layout:
                 scale_bits=16 if version == 1 else config["scale_bits"],
                 shift_bits=16 if version == 1 else config["shift_bits"],
                 group_sizes={} if version == 1 else dict(config["group_sizes"].items()),
+                int6={n: float(value) for n, value in config["int6"].items()} if version >= 3 else {},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"config.json's quantization_config is incomplete or damaged: {error!r}") from error
-        if not all(math.isfinite(multiplier) for multiplier in layout.int8.values()):
-            raise FormatError(f"config.json's int8 has multipliers that are not finite: {layout.int8!r}.")
+        for name, table in layout.tables.items():
+            if not math.isfinite(table.multiplier):
+                raise FormatError(f"config.json's int{table.bits} has a multiplier of {table.multiplier} for {name}.")
+        if both := sorted(layout.int8.keys() & layout.int6.keys()):
+            raise FormatError(f"config.json's quantization_config has {', '.join(both)} in int8 and in int6.")
         sizes = [layout.int8_group_size, *layout.group_sizes.values()]
         sizes += [] if layout.group_size is None else [layout.group_size]
         if not all(type(size) is int and size >= 1 for size in sizes) or type(layout.shift) is not bool:

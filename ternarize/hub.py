@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ Every weight of the {count} linears inside its decoder layers is `{formula}`, tr
 | bits per weight of the whole file | {file_bits:.3f} ({weights:,} weights) |
 | weight files | {output} (source: {input}) |
 | ternary | {ternary_weights:,} of {weights:,} weights |
-| int8 | {int8} |
+| embeddings and head | {tables} |
 
 ## Quality
 
@@ -127,7 +128,7 @@ def model_card(report: Report, layout: Layout, recipe: str) -> str:
         input=size(report.source_bytes),
         weights=report.weights,
         ternary_weights=report.ternary_weights,
-        int8=", ".join(f"`{n}`" for n in report.int8) or "nothing",
+        tables=describe_tables(report.int8, report.int6),
         quality=_quality(report),
         error=report.mean_error,
         distilled=", before the distillation" if "distill" in report.run else "",
@@ -198,6 +199,13 @@ def describe_levels(layout: Layout) -> tuple[str, str, str]:
         f"one {sides} of {bits} for each {where}",
         "trits, scales and shifts" if layout.shift else "trits and scales",
     )
+
+
+def describe_tables(int8: Collection[str], int6: Collection[str]) -> str:
+    """How embeddings and head are stored, in Markdown."""
+    stored = (("int8", int8), ("int6", int6))
+    parts = [f"{' and '.join(f'`{name}`' for name in names)} in {kind}" for kind, names in stored if names]
+    return ", ".join(parts) or "floats, as in the source"
 
 
 def _warning(report: Report) -> str:

@@ -30,7 +30,7 @@ from ternarize.progress import Progress
 from ternarize.quantizer import TernarizeConfig, TernarizeQuantizer, check_names
 from ternarize.recipe import Recipe
 from ternarize.report import Report
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear
+from ternarize.runtime import TableEmbedding, TableHead, TernaryLinear
 from ternarize.workspace import Workspace
 
 
@@ -174,7 +174,7 @@ def _take_over(model: PreTrainedModel, folder: Path) -> None:
     quantizer.preprocess_model(model)
     shards = find_shards(folder)
     check_names(model, [str(shard) for shard in shards])
-    kinds = (TernaryLinear, Int8Embedding, Int8Head, UnfusedExperts)
+    kinds = (TernaryLinear, TableEmbedding, TableHead, UnfusedExperts)
     packed = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     places = {name: place for name, place in model.state_dict().items() if name.rpartition(".")[0] in packed}
     for shard in shards:

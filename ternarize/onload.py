@@ -21,14 +21,14 @@ from transformers.pytorch_utils import Conv1D
 from ternarize.architecture import UnfusedExperts
 from ternarize.choice import choose, embedding_multiplier, find_embeddings, make_layout
 from ternarize.errors import TernarizeError
-from ternarize.format import Layout
-from ternarize.packing import quantize_int8
+from ternarize.format import Layout, Table
+from ternarize.packing import quantize_table
 from ternarize.recipe import Recipe
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear
+from ternarize.runtime import TableEmbedding, TableHead, TernaryLinear
 from ternarize.solver import fit
 from ternarize.swap import replace_float_modules
 
-PACKED = (TernaryLinear, Int8Embedding, Int8Head)
+PACKED = (TernaryLinear, TableEmbedding, TableHead)
 BIAS = "_bias"  # ends the name of the fused biases of a mixture's experts
 
 
@@ -41,8 +41,11 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Layout:
     """
     choice = choose(model, recipe)
     embedding, _ = find_embeddings(model)
-    int8 = {name: _multiplier(model, name) if name == embedding else 1.0 for name in choice.int8}
-    layout = make_layout(recipe, choice.blocks, list(choice.kept), int8)
+    tables = {
+        name: Table(bits, _multiplier(model, name) if name == embedding else 1.0)
+        for name, bits in choice.tables.items()
+    }
+    layout = make_layout(recipe, choice.blocks, list(choice.kept), tables)
     dtype = model.dtype
     replace_float_modules(model, layout)
     for experts in _mixtures(model):
@@ -156,8 +159,8 @@ class PackOnLoad(ConversionOps):  # type: ignore[misc]
 
     def _pack_module(self, name: str, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         self.done.add(name)
-        if isinstance(module, (Int8Embedding, Int8Head)):
-            return {f"{name}.weight": quantize_int8(weight, module.group_size)}
+        if isinstance(module, (TableEmbedding, TableHead)):
+            return {f"{name}.weight": quantize_table(weight, module.group_size, module.bits)}
         if not isinstance(module, TernaryLinear):  # of an expert that stays float
             return {f"{name}.weight": weight.contiguous()}
         matrix = weight.t() if module.replaces is Conv1D else weight

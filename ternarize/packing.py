@@ -20,11 +20,15 @@ Scales and shifts in 8 or 4 bits ("levels"), one record a row, limits that a who
 The values are computed in float64 and rounded to fp16, so every machine reads the same ones. A code of 8 bits is two
 nibbles, low one first; a byte holds its first nibble low; an odd last nibble is followed by 0.
 
-Embeddings and heads, 8 bits per weight with one fp16 scale per group ("int8"), one record a row:
+Embeddings and heads ("tables") in 8 or 6 bits, with one fp16 scale per group, one record a row:
 
-    row   H int8 codes | G fp16 scales, little endian          H + 2 G bytes, as uint8
+    int8  H int8 codes | G fp16 scales, little endian               H + 2 G bytes, as uint8
+    int6  48 bytes for each 64 columns | G fp16 scales              3 H / 4 + 2 G bytes; H and S are multiples of 64
 
-Both layouts are narrower or wider than the float row that they replace, never as wide: software that does not
+    of 64 codes of 6 bits, each + 32:   byte i < 32 holds the lower 4 bits of columns i (low nibble) and 32 + i,
+                                        byte 32 + i the upper 2 bits of columns i, 16 + i, 32 + i, 48 + i
+
+All these layouts are narrower or wider than the float row that they replace, never as wide: software that does not
 know them stops at the shape instead of reading codes as weights (see `format`).
 """
 
@@ -35,11 +39,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ternarize.errors import FormatError
+from ternarize.errors import FormatError, TernarizeError
 from ternarize.tensor import Levels, expand_groups, group_count
 
 TRITS_PER_BYTE = 5
-INT8_FLOATS = 2**22  # of a table that are rounded at a time, in several float32 copies
+TABLE_FLOATS = 2**22  # of a table that are rounded at a time, in several float32 copies
+RUN = 64  # columns of a table in 6 bits that are packed together
+SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)
 LARGEST_BYTE = 3**TRITS_PER_BYTE - 1
 _POWERS = (1, 3, 9, 27, 81)
 
@@ -171,28 +177,74 @@ def choose_limits(scale: Tensor, shift: Tensor | None) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=scale.device)
 
 
-def quantize_int8(weight: Tensor, group_size: int) -> Tensor:
-    """Round a float matrix to int8 codes with one absmax scale per row and group.
+def check_table(columns: int, group_size: int, bits: int, name: str) -> None:
+    """Refuse a table that `bits` has no record for.
+
+    Raises:
+        TernarizeError: 6 bits and other columns than whole runs of 64.
+    """
+    if bits == 6 and (columns % RUN or (group_size % RUN and group_size < columns)):
+        raise TernarizeError(
+            f"{name} has {columns} columns in groups of {group_size}; int6 takes columns and groups that are multiples "
+            f"of {RUN}. Choose int8 for it."
+        )
+
+
+def quantize_table(weight: Tensor, group_size: int, bits: int = 8) -> Tensor:
+    """Round a float matrix to codes of 8 or 6 bits with one scale per row and group.
+
+    With 8 bits the scale is the group's largest weight over 127; with 6 the one of `SHRINKS` times the largest over 31
+    that leaves the least squared error.
 
     Args:
         weight: float [V, H].
         group_size: columns that share a scale; the last group may be short.
+        bits: 8, or 6 where `check_table` allows it.
 
     Returns:
-        uint8 [V, H + 2 G]: the codes, then the fp16 scales (see the module's drawing).
+        uint8 [V, `table_row_bytes`]: the codes, then the fp16 scales (see the module's drawing).
     """
-    rows = max(1, INT8_FLOATS // max(1, weight.shape[1]))
-    return torch.cat([_quantize_rows(part, group_size) for part in weight.split(rows)])
+    rows = max(1, TABLE_FLOATS // max(1, weight.shape[1]))
+    return torch.cat([_quantize_rows(part.float(), group_size, bits) for part in weight.split(rows)])
 
 
-def _quantize_rows(weight: Tensor, group_size: int) -> Tensor:
+def _quantize_rows(weight: Tensor, group_size: int, bits: int) -> Tensor:
     rows, columns = weight.shape
-    groups = group_count(columns, group_size)
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - columns))
-    largest = padded.view(rows, groups, group_size).abs().amax(-1)
-    scale = (largest / 127).clamp(min=torch.finfo(torch.float16).smallest_normal).half()
-    codes = (weight.float() / expand_groups(scale.float(), columns, group_size)).round().clamp(-127, 127)
-    return torch.cat([codes.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)], dim=1)
+    groups, most = group_count(columns, group_size), 2 ** (bits - 1) - 1
+    padded = torch.nn.functional.pad(weight, (0, groups * group_size - columns)).view(rows, groups, group_size)
+    largest = padded.abs().amax(-1) / most
+    scale = _half_scale(largest)
+    if bits == 6:
+        least = torch.full_like(largest, torch.inf)
+        for shrink in SHRINKS:
+            tried = _half_scale(largest * shrink)
+            wide = tried.float()[..., None]
+            error = ((padded / wide).round().clamp(-most, most) * wide - padded).square().sum(-1)
+            scale, least = torch.where(error < least, tried, scale), torch.minimum(error, least)
+    codes = (weight / expand_groups(scale.float(), columns, group_size)).round().clamp(-most, most).to(torch.int8)
+    stored = codes.view(torch.uint8) if bits == 8 else _pack_six(codes)
+    return torch.cat([stored, scale.view(torch.uint8)], dim=1)
+
+
+def _half_scale(scale: Tensor) -> Tensor:
+    return scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half()
+
+
+def _pack_six(codes: Tensor) -> Tensor:
+    """Codes int8 [..., H] -> uint8 [..., 3 H / 4]."""
+    runs = (codes + 32).view(torch.uint8).unflatten(-1, (-1, RUN))
+    low, high = runs & 15, runs >> 4
+    lows = low[..., : RUN // 2] | low[..., RUN // 2 :] << 4
+    first, second, third, fourth = high.unflatten(-1, (4, -1)).unbind(-2)
+    return torch.cat([lows, first | second << 2 | third << 4 | fourth << 6], -1).flatten(-2)
+
+
+def _unpack_six(packed: Tensor) -> Tensor:
+    """uint8 [..., 3 H / 4] -> codes int8 [..., H]."""
+    lows, highs = packed.unflatten(-1, (-1, 3 * RUN // 4)).split([RUN // 2, RUN // 4], -1)
+    low = torch.cat([lows & 15, lows >> 4], -1)
+    high = torch.cat([highs >> by & 3 for by in (0, 2, 4, 6)], -1)
+    return ((low | high << 4).view(torch.int8) - 32).flatten(-2)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
@@ -222,19 +274,21 @@ def _split_nibbles(record: Tensor) -> Tensor:
     return torch.stack([record & 15, record >> 4], -1).flatten(-2)
 
 
-def int8_row_bytes(columns: int, group_size: int) -> int:
-    """Bytes of one int8 record of `columns` weights."""
-    return columns + 2 * group_count(columns, group_size)
+def table_row_bytes(columns: int, group_size: int, bits: int = 8) -> int:
+    """Bytes of one record of `columns` weights."""
+    return columns * bits // 8 + 2 * group_count(columns, group_size)
 
 
-def split_int8(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """uint8 records [..., H + 2 G] -> codes int8 [..., H] and scales fp16 [..., G]."""
-    codes = packed[..., :columns].contiguous().view(torch.int8)
+def split_table(packed: Tensor, columns: int, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Records, uint8 [..., R] -> codes int8 [..., H] and scales fp16 [..., G]."""
+    stored = packed[..., : columns * bits // 8].contiguous()
+    codes = stored.view(torch.int8) if bits == 8 else _unpack_six(stored)
     # A copy even of a single record: a view of two bytes as one fp16 must start at an even place.
-    return codes, packed[..., columns:].clone(memory_format=torch.contiguous_format).view(torch.float16)
+    scale = packed[..., columns * bits // 8 :].clone(memory_format=torch.contiguous_format)
+    return codes, scale.view(torch.float16)
 
 
-def dequantize_int8(packed: Tensor, columns: int, group_size: int) -> Tensor:
-    """uint8 records [..., H + 2 G] -> float32 [..., H]."""
-    codes, scale = split_int8(packed, columns)
+def dequantize_table(packed: Tensor, columns: int, group_size: int, bits: int = 8) -> Tensor:
+    """Records, uint8 [..., R] -> float32 [..., H]."""
+    codes, scale = split_table(packed, columns, bits)
     return codes * expand_groups(scale.float(), columns, group_size)

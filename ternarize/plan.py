@@ -19,7 +19,7 @@ from ternarize.calibration import BATCH_TOKENS
 from ternarize.checkpoint import Checkpoint, tied_parameters
 from ternarize.choice import Choice, choose, find_embeddings
 from ternarize.errors import TernarizeError
-from ternarize.packing import int8_row_bytes, level_row_bytes, packed_columns
+from ternarize.packing import level_row_bytes, packed_columns, table_row_bytes
 from ternarize.progress import size
 from ternarize.recipe import Recipe
 from ternarize.sources import resolve
@@ -56,7 +56,7 @@ class Plan:
         blocks: path of the list of decoder layers.
         block_count: L.
         ternary: {name: (O, I)}.
-        int8: {name: (V, H)}.
+        tables: {embedding or head: (V, H, bits of a code)}.
         kept: everything that stays float.
         weights: number of weights in the model, shared ones once.
         source_bytes, output_bytes: of the weight files.
@@ -69,7 +69,7 @@ class Plan:
     blocks: str
     block_count: int
     ternary: dict[str, tuple[int, int]]
-    int8: dict[str, tuple[int, int]]
+    tables: dict[str, tuple[int, int, int]]
     kept: list[Kept]
     weights: int
     source_bytes: int
@@ -102,16 +102,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     path, blocks = find_blocks(model)
     weights = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
     choice = choose(model, recipe)
-    ternary, int8 = choice.ternary, choice.int8
+    ternary = choice.ternary
+    tables = {name: (*_table_shape(model, name), bits) for name, bits in choice.tables.items()}
     kept = _kept(model, choice, recipe)
-    output = _output_bytes(model, checkpoint, ternary, int8, recipe)
+    output = _output_bytes(model, checkpoint, ternary, tables, recipe)
     memory = _peak_memory(model, blocks, path, recipe, weights)
     return Plan(
         model=type(model).__name__,
         blocks=path,
         block_count=len(blocks),
         ternary=ternary,
-        int8={name: _table_shape(model, name) for name in int8},
+        tables=tables,
         kept=kept,
         weights=weights,
         source_bytes=checkpoint.bytes,
@@ -130,7 +131,7 @@ def _table_shape(model: PreTrainedModel, name: str) -> tuple[int, int]:
 
 
 def _kept(model: PreTrainedModel, choice: Choice, recipe: Recipe) -> list[Kept]:
-    packed = {f"{name}.weight" for name in [*choice.ternary, *choice.int8]}
+    packed = {f"{name}.weight" for name in [*choice.ternary, *choice.tables]}
     kept = []
     embedding, head = find_embeddings(model)
     tied = tied_parameters(model)
@@ -177,7 +178,7 @@ def budget_for_size(source: str, revision: str | None, recipe: Recipe, target: i
     """
     plan = make_plan(Checkpoint(resolve(source, revision)), replace(recipe, budget=None))
     ternary = sum(ternary_bytes(*shape, recipe) for shape in plan.ternary.values())
-    names = [*plan.ternary, *plan.ternary, *plan.ternary, *plan.int8, *(kept.name for kept in plan.kept)]
+    names = [*plan.ternary, *plan.ternary, *plan.ternary, *plan.tables, *(kept.name for kept in plan.kept)]
     headers = sum(len(name) + 85 for name in names)  # of the files: name, dtype, shape and place of every tensor
     left = 8 * (target - (plan.output_bytes - ternary) - headers) / plan.ternary_weights
     if not 1.6 < left <= 4:
@@ -203,7 +204,7 @@ def _output_bytes(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     ternary: dict[str, tuple[int, int]],
-    int8: list[str],
+    tables: dict[str, tuple[int, int, int]],
     recipe: Recipe,
 ) -> int:
     total = 0
@@ -211,10 +212,9 @@ def _output_bytes(
         total += int(recipe.budget * sum(o * i for o, i in ternary.values()) / 8)
     else:
         total += sum(ternary_bytes(*shape, recipe) for shape in ternary.values())
-    for name in int8:
-        rows, columns = _table_shape(model, name)
-        total += rows * int8_row_bytes(columns, recipe.int8_group_size)
-    packed = {f"{name}.weight" for name in [*ternary, *int8]}
+    for rows, columns, bits in tables.values():
+        total += rows * table_row_bytes(columns, recipe.int8_group_size, bits)
+    packed = {f"{name}.weight" for name in [*ternary, *tables]}
     tied = tied_parameters(model)
     for name, parameter in _floats(model):
         if name not in packed and name not in tied:

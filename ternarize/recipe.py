@@ -152,9 +152,9 @@ class Recipe:
         correction: 0..1, how much of the error that the ternary prefix left each linear's weight should undo
             before it is fitted (QEP's alpha, arXiv 2504.09629).
         damping: added to the second moment's diagonal, as a share of its mean.
-        embeddings: "int8" or "keep" for the input embedding.
-        head: "int8" or "keep" for the output head (a tied head follows the embedding).
-        int8_group_size: columns that share an int8 scale.
+        embeddings: "int8", "int6" (a quarter smaller) or "keep" for the input embedding.
+        head: the same for the output head (a tied head follows the embedding).
+        int8_group_size: columns that share a scale in int8 and int6; of int6 a multiple of 64.
         skip: linears that stay float: module names with shell wildcards, or `re:` and a regular expression.
         calibration: the text.
         tune: learning inside windows of blocks.
@@ -177,8 +177,8 @@ class Recipe:
     sweeps: int = 2
     correction: float = 0.5
     damping: float = 0.01
-    embeddings: Literal["int8", "keep"] = "int8"
-    head: Literal["int8", "keep"] = "int8"
+    embeddings: Literal["int8", "int6", "keep"] = "int8"
+    head: Literal["int8", "int6", "keep"] = "int8"
     int8_group_size: int = 64
     skip: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)

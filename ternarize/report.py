@@ -57,7 +57,7 @@ class Report:
         source, revision: what was converted, as the user named it.
         model: class name in transformers.
         linears: one entry per ternary linear.
-        int8: names of the modules stored in int8.
+        int8, int6: names of the embeddings and heads stored so.
         kept: [{name, shape, reason}] of what stayed float.
         bits_per_ternary_weight: stored bits of the ternary linears over their weights, all side data counted.
         bits_per_weight: bits of all weight files, headers included, over all weights of the model.
@@ -86,6 +86,7 @@ class Report:
     versions: dict[str, str]
     base: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    int6: list[str] = field(default_factory=list)
 
     @property
     def mean_error(self) -> float:

@@ -1,12 +1,12 @@
 """The modules of a ternary model: they hold packed bytes and compute with them.
 
-`TernaryLinear` serves converting, loading and running alike; `Int8Embedding` and `Int8Head` do the same for the
+`TernaryLinear` serves converting, loading and running alike; `TableEmbedding` and `TableHead` do the same for the
 embedding and the output head.
 
 Where a model is loaded (`swap.run_natively`), products on a CPU go to the native kernels; a conversion never does
 that, so that its numbers are the reference's on every machine. A linear that runs natively has its weight a second
 time, laid out for the processor: 2 to 2.5 bits a weight beside the file's 1.75, which need not be in memory then (see
-`mapped`). An int8 head is read where it lies.
+`mapped`). A head's table is read where it lies.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ternarize.errors import FormatError
 from ternarize.packing import (
     check_packed,
     decode_levels,
-    dequantize_int8,
-    int8_row_bytes,
+    dequantize_table,
     level_row_bytes,
     pack_trits,
     packed_columns,
-    quantize_int8,
+    quantize_table,
+    table_row_bytes,
     unpack_trits,
 )
 from ternarize.tensor import Levels, TernaryTensor, group_count
@@ -214,12 +214,13 @@ class TernaryLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
 
 
-class Int8Embedding(nn.Module):
-    """Token ids -> rows of an int8 table.
+class TableEmbedding(nn.Module):
+    """Token ids -> rows of a table of codes.
 
     Args:
         rows, columns: V, H.
         group_size: columns that share a scale.
+        bits: of a code, 8 or 6.
         multiplier: what the module that it replaces put on each row (Gemma's sqrt(H)).
     """
 
@@ -231,77 +232,84 @@ class Int8Embedding(nn.Module):
         rows: int,
         columns: int,
         group_size: int,
+        bits: int = 8,
         multiplier: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = rows, columns
-        self.group_size, self.multiplier = group_size, multiplier
-        shape = (rows, int8_row_bytes(columns, group_size))
+        self.group_size, self.bits, self.multiplier = group_size, bits, multiplier
+        shape = (rows, table_row_bytes(columns, group_size, bits))
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
         # Has no value: it follows the model's .to(dtype), which bytes cannot.
         self.register_buffer("anchor", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     @classmethod
-    def from_weight(cls, weight: Tensor, group_size: int, multiplier: float = 1.0) -> Int8Embedding:
+    def from_weight(cls, weight: Tensor, group_size: int, bits: int = 8, multiplier: float = 1.0) -> TableEmbedding:
         """Quantize a float table [V, H]."""
         rows, columns = weight.shape
-        embedding = cls(rows, columns, group_size, multiplier, device="meta")
-        embedding.weight = quantize_int8(weight, group_size)
+        embedding = cls(rows, columns, group_size, bits, multiplier, device="meta")
+        embedding.weight = quantize_table(weight, group_size, bits)
         embedding.anchor = torch.empty(0, dtype=weight.dtype, device=weight.device)
         return embedding
 
     def dequantize(self) -> Tensor:
         """The float32 table, [V, H], without the multiplier."""
-        return dequantize_int8(self.weight, self.embedding_dim, self.group_size)
+        return dequantize_table(self.weight, self.embedding_dim, self.group_size, self.bits)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., H], in the model's dtype."""
-        rows = dequantize_int8(self.weight[ids], self.embedding_dim, self.group_size).to(self.anchor.dtype)
+        rows = dequantize_table(self.weight[ids], self.embedding_dim, self.group_size, self.bits).to(self.anchor.dtype)
         return rows if self.multiplier == 1.0 else rows * torch.tensor(self.multiplier, dtype=rows.dtype)
 
 
-class Int8Head(nn.Module):
-    """y = x W' + bias with an int8 table of its own."""
+class TableHead(nn.Module):
+    """y = x W' + bias with a table of codes of its own, of 8 or 6 bits."""
 
     weight: Tensor
 
     def __init__(
-        self, rows: int, columns: int, group_size: int, bias: bool = False, device: torch.device | str | None = None
+        self,
+        rows: int,
+        columns: int,
+        group_size: int,
+        bits: int = 8,
+        bias: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features, self.group_size = rows, columns, group_size
-        shape = (rows, int8_row_bytes(columns, group_size))
+        self.out_features, self.in_features, self.group_size, self.bits = rows, columns, group_size, bits
+        shape = (rows, table_row_bytes(columns, group_size, bits))
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
         self.activations: str | None = None  # as in TernaryLinear
 
     @classmethod
-    def from_weight(cls, weight: Tensor, group_size: int, bias: Tensor | None = None) -> Int8Head:
+    def from_weight(cls, weight: Tensor, group_size: int, bits: int = 8, bias: Tensor | None = None) -> TableHead:
         """Quantize a float head [V, H]."""
         rows, columns = weight.shape
-        head = cls(rows, columns, group_size, bias is not None, device="meta")
-        head.weight = quantize_int8(weight, group_size)
+        head = cls(rows, columns, group_size, bits, bias is not None, device="meta")
+        head.weight = quantize_table(weight, group_size, bits)
         if bias is not None:
             head.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return head
 
     def dequantize(self) -> Tensor:
         """The float32 table, [V, H]."""
-        return dequantize_int8(self.weight, self.in_features, self.group_size)
+        return dequantize_table(self.weight, self.in_features, self.group_size, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
-        return _int8_product(x, self.weight, self.bias, self.group_size, self.activations)
+        return _table_product(x, self.weight, self.bias, self.group_size, self.bits, self.activations)
 
 
-class TiedInt8Head(nn.Module):
+class TiedTableHead(nn.Module):
     """The output head of a model that uses its embedding's table; owns nothing but a bias."""
 
-    embedding: Int8Embedding
+    embedding: TableEmbedding
 
-    def __init__(self, embedding: Int8Embedding, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, embedding: TableEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.__dict__["embedding"] = embedding  # not a child: the table is stored once, by the embedding
         self.bias = bias
@@ -320,13 +328,15 @@ class TiedInt8Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
         table = self.embedding.weight.to(x.device)
-        return _int8_product(x, table, self.bias, self.embedding.group_size, self.activations)
+        return _table_product(x, table, self.bias, self.embedding.group_size, self.embedding.bits, self.activations)
 
 
-def _int8_product(x: Tensor, table: Tensor, bias: Tensor | None, group_size: int, activations: str | None) -> Tensor:
+def _table_product(
+    x: Tensor, table: Tensor, bias: Tensor | None, group_size: int, bits: int, activations: str | None
+) -> Tensor:
     if activations is not None and kernels.usable(x, bias) and kernels.native() is not None:
-        return kernels.native_int8_linear(x, table, bias, group_size, exact=activations == "float")
-    return kernels.int8_linear(x, table, bias, group_size)
+        return kernels.native_table_linear(x, table, bias, group_size, bits, exact=activations == "float")
+    return kernels.table_linear(x, table, bias, group_size, bits)
 
 
 def _version(tensor: Tensor) -> int:

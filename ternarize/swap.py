@@ -16,9 +16,9 @@ from ternarize.architecture import (
     unfuse_experts,
 )
 from ternarize.errors import FormatError
-from ternarize.format import Layout
+from ternarize.format import Layout, Table
 from ternarize.mapped import MappedFiles
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, TiedInt8Head
+from ternarize.runtime import TableEmbedding, TableHead, TernaryLinear, TiedTableHead
 
 
 def run_natively(model: nn.Module, activations: str | None = None) -> None:
@@ -36,13 +36,13 @@ def run_natively(model: nn.Module, activations: str | None = None) -> None:
     kind = kernels.default_activations() if activations is None else kernels.check_activations(activations)
     kernels.native()
     for module in model.modules():
-        if isinstance(module, (TernaryLinear, Int8Head, TiedInt8Head)):
+        if isinstance(module, (TernaryLinear, TableHead, TiedTableHead)):
             module.activations = kind
     decoder.attach(model)
 
 
 def lay_out(model: nn.Module) -> None:
-    """Check what was just loaded, and lay it out for this processor: linears in its path's form, int8 in large pages.
+    """Check what was just loaded, and lay it out for this processor: linears in its path's form, tables in large pages.
 
     One module after another, and the pages of its file are given back: saving, and what is not computed natively, reads
     linears from there again.
@@ -53,7 +53,7 @@ def lay_out(model: nn.Module) -> None:
     files = MappedFiles()
     modules = [(name, module) for name, module in model.named_modules() if _is_packed(module)]
     for name, module in modules:  # tables first, because each is in memory twice for a moment
-        if isinstance(module, (Int8Embedding, Int8Head)):
+        if isinstance(module, (TableEmbedding, TableHead)):
             _check_table(name, module)
             table = module.weight
             if kernels.native() and table.device.type == "cpu":
@@ -68,17 +68,17 @@ def lay_out(model: nn.Module) -> None:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    return isinstance(module, (TernaryLinear, Int8Embedding, Int8Head)) and not module.weight.is_meta
+    return isinstance(module, (TernaryLinear, TableEmbedding, TableHead)) and not module.weight.is_meta
 
 
-def _check_table(name: str, module: Int8Embedding | Int8Head) -> None:
-    """Refuse an int8 table whose scales are impossible.
+def _check_table(name: str, module: TableEmbedding | TableHead) -> None:
+    """Refuse a table whose scales are impossible.
 
     Raises:
         FormatError: naming it.
     """
-    columns = module.embedding_dim if isinstance(module, Int8Embedding) else module.in_features
-    scale = module.weight[:, columns:].clone().view(torch.float16)
+    columns = module.embedding_dim if isinstance(module, TableEmbedding) else module.in_features
+    scale = module.weight[:, columns * module.bits // 8 :].clone().view(torch.float16)
     if not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise FormatError(f"{name}.weight has scales that are not positive and finite: the file is corrupted.")
 
@@ -96,33 +96,33 @@ def replace_float_modules(model: nn.Module, layout: Layout) -> None:
         path = layout.blocks.removeprefix(prefix) if strip else layout.blocks
         blocks = model.get_submodule(path)
         kept = {name.removeprefix(prefix) if strip else name for name in layout.kept}
-        int8 = {name.removeprefix(prefix) if strip else name: value for name, value in layout.int8.items()}
+        tables = {name.removeprefix(prefix) if strip else name: table for name, table in layout.tables.items()}
         unfuse_experts(blocks, path, tuple(kept))
         for name, linear in list(linears(blocks, path)):
             if name not in kept:
                 full = f"{prefix}{name}" if strip else name
                 replace_module(model, name, _empty_ternary(linear, layout, layout.group_size_of(full)))
         tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        for name, multiplier in int8.items():
+        for name, table in tables.items():
             if strip and not has_module(model, name):
                 continue  # the head, which a base model does not have
-            replace_module(model, name, _empty_int8(model.get_submodule(name), layout.int8_group_size, multiplier))
+            replace_module(model, name, _empty_table(model.get_submodule(name), layout.int8_group_size, table))
     except AttributeError as error:
         raise FormatError(
             f"config.json names modules that {type(model).__name__} does not have: {error}. "
             "The folder was written for another architecture, or for another version of transformers."
         ) from error
-    tie_int8_heads(model, tied)
+    tie_table_heads(model, tied)
 
 
-def tie_int8_heads(model: nn.Module, tied: dict[str, str]) -> None:
-    """Give every head that shares an int8 embedding's table a `TiedInt8Head`, and forget the float tie."""
+def tie_table_heads(model: nn.Module, tied: dict[str, str]) -> None:
+    """Give every head that shares a packed embedding's table a `TiedTableHead`, and forget the float tie."""
     for target, source in tied.items():
         embedding = model.get_submodule(source.rpartition(".")[0])
-        if isinstance(embedding, Int8Embedding):
+        if isinstance(embedding, TableEmbedding):
             name = target.rpartition(".")[0]
             bias = getattr(model.get_submodule(name), "bias", None)
-            replace_module(model, name, TiedInt8Head(embedding, bias))
+            replace_module(model, name, TiedTableHead(embedding, bias))
             model.all_tied_weights_keys.pop(target, None)  # type: ignore[operator, union-attr]
 
 
@@ -130,17 +130,17 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
     """Swap every packed module for an ordinary float one, in place: the student as stock software would hold it."""
     decoder.detach(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, (TernaryLinear, Int8Head)):
+        if isinstance(module, (TernaryLinear, TableHead)):
             conv1d = getattr(module, "replaces", nn.Linear) is Conv1D
             replace_module(model, name, _float_linear(module.dequantize(), module.bias, dtype, conv1d))
-        elif isinstance(module, Int8Embedding):
+        elif isinstance(module, TableEmbedding):
             table = module.dequantize().to(dtype)
             rows, columns = table.shape
             embedding = ScaledEmbedding(rows, columns, module.multiplier, device="meta")
             embedding.weight = nn.Parameter(table, requires_grad=False)
             replace_module(model, name, embedding)
             for head_name, head in list(model.named_modules()):
-                if isinstance(head, TiedInt8Head) and head.embedding is module:
+                if isinstance(head, TiedTableHead) and head.embedding is module:
                     linear = _float_linear(table, head.bias, dtype)
                     linear.weight = embedding.weight
                     replace_module(model, head_name, linear)
@@ -171,14 +171,16 @@ def _empty_ternary(linear: nn.Module, layout: Layout, wanted: int | None) -> Ter
     return ternary
 
 
-def _empty_int8(module: nn.Module, group_size: int, multiplier: float) -> nn.Module:
+def _empty_table(module: nn.Module, group_size: int, table: Table) -> nn.Module:
     if not isinstance(module, (nn.Embedding, nn.Linear)):
-        raise FormatError(f"config.json's int8 names a {type(module).__name__}, which is no embedding and no head.")
+        raise FormatError(
+            f"config.json's int{table.bits} names a {type(module).__name__}, which is no embedding and no head."
+        )
     weight = module.weight
     rows, columns = weight.shape
     if isinstance(module, LINEAR_TYPES):
-        return Int8Head(rows, columns, group_size, module.bias is not None, weight.device)
-    return Int8Embedding(rows, columns, group_size, multiplier, weight.device, weight.dtype)
+        return TableHead(rows, columns, group_size, table.bits, module.bias is not None, weight.device)
+    return TableEmbedding(rows, columns, group_size, *table, weight.device, weight.dtype)
 
 
 def _float_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, conv1d: bool = False) -> nn.Module:

@@ -25,20 +25,26 @@ LAYOUT = Layout(
 )
 CODED = replace(LAYOUT, scale_bits=4, shift_bits=8, group_sizes={"model.layers.1.mlp.down_proj": 32})
 
-layouts = st.builds(
-    Layout,
-    blocks=st.text(),
-    group_size=st.none() | st.integers(1, 10**6),
-    shift=st.booleans(),
-    kept=st.lists(st.text(), max_size=4).map(tuple),
-    int8=st.dictionaries(st.text(), st.floats(1e-3, 1e3), max_size=3),
-    int8_group_size=st.integers(1, 10**6),
-    scale_bits=st.just(16),
-    shift_bits=st.just(16),
-    group_sizes=st.dictionaries(st.text(), st.integers(1, 10**6), max_size=3),
-) | st.builds(
-    lambda bits: replace(LAYOUT, scale_bits=bits[0], shift_bits=bits[1]),
-    st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8)]),
+layouts = (
+    st.builds(
+        Layout,
+        blocks=st.text(),
+        group_size=st.none() | st.integers(1, 10**6),
+        shift=st.booleans(),
+        kept=st.lists(st.text(), max_size=4).map(tuple),
+        int8=st.dictionaries(st.text(), st.floats(1e-3, 1e3), max_size=3),
+        int8_group_size=st.integers(1, 10**6),
+        scale_bits=st.just(16),
+        shift_bits=st.just(16),
+        group_sizes=st.dictionaries(st.text(), st.integers(1, 10**6), max_size=3),
+    )
+    | st.builds(
+        lambda bits: replace(LAYOUT, scale_bits=bits[0], shift_bits=bits[1]),
+        st.sampled_from([(4, 4), (4, 8), (8, 4), (8, 8)]),
+    )
+    | st.builds(
+        lambda int6: replace(CODED, int6=int6, int8={}), st.dictionaries(st.text(), st.floats(1e-3, 1e3), max_size=3)
+    )
 )
 
 
@@ -73,6 +79,20 @@ def test_what_version_1_cannot_say_is_written_as_version_2() -> None:
     assert CODED.group_size_of("model.layers.0.mlp.down_proj") == 64
 
 
+def test_what_version_2_cannot_say_is_written_as_version_3() -> None:
+    six = replace(CODED, int6={"lm_head": 1.0})
+    assert six.to_config() == CODED.to_config() | {"format_version": 3, "int6": {"lm_head": 1.0}}
+    plain = replace(LAYOUT, int6={"lm_head": 1.0}).to_config()
+    assert (plain["scale_bits"], plain["shift_bits"], plain["group_sizes"]) == (16, 16, {})
+    assert six.tables == {"model.embed_tokens": (8, 1.0), "lm_head": (6, 1.0)}
+
+
+def test_a_table_has_one_form() -> None:
+    config = CODED.to_config() | {"format_version": 3, "int6": {"model.embed_tokens": 1.0}}
+    with pytest.raises(FormatError, match=r"model\.embed_tokens in int8 and in int6"):
+        Layout.from_config(config)
+
+
 def test_a_whole_multiplier_is_read_as_a_float() -> None:
     layout = Layout.from_config(LAYOUT.to_config() | {"int8": {"model.embed_tokens": 8}})
     assert type(layout.int8["model.embed_tokens"]) is float
@@ -83,10 +103,10 @@ def test_a_whole_multiplier_is_read_as_a_float() -> None:
     [
         ("quant_method", "gptq", QUANT_METHOD),
         ("quant_method", None, QUANT_METHOD),
-        ("format_version", 3, "1 and 2"),
-        ("format_version", 0, "1 and 2"),
-        ("format_version", "1", "1 and 2"),
-        ("format_version", None, "1 and 2"),
+        ("format_version", 4, "1, 2, 3"),
+        ("format_version", 0, "1, 2, 3"),
+        ("format_version", "1", "1, 2, 3"),
+        ("format_version", None, "1, 2, 3"),
         ("packing", "base4", PACKING),
         ("packing", None, PACKING),
     ],
@@ -147,14 +167,17 @@ def described_fields() -> list[str]:
 
 
 def test_the_spec_describes_the_fields_that_are_written_and_no_others() -> None:
-    assert described_fields() == list(CODED.to_config())
+    assert described_fields() == list(replace(CODED, int6={"lm_head": 1.0}).to_config())
 
 
 def test_the_spec_states_the_values_that_are_written() -> None:
     spec = contract.__doc__ or ""
     for key, value in (("quant_method", QUANT_METHOD), ("packing", PACKING)):
         assert re.search(rf"^    {key} +{re.escape(json.dumps(value))}$", spec, re.MULTILINE)
-    assert f"format versions {' and '.join(map(str, FORMAT_VERSIONS))}." in spec.splitlines()[0]
+    assert (
+        f"format versions {', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}."
+        in spec.splitlines()[0]
+    )
     assert re.search(r"^    format_version +1, or 2 ", spec, re.MULTILINE)
 
 

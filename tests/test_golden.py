@@ -2,7 +2,8 @@
 
 `tests/golden/v1/llama` has what a dense model can have: shift, bias, a short last group, an int8 embedding, an int8
 head of its own, linears that stayed float. `tests/golden/v1/mixtral` has experts, a tied head, no shift, one group a
-row. `tests/golden/v2/llama` has scales and shifts in 4 and 8 bits. They are never written again; another version of the
+row. `tests/golden/v2/llama` has scales and shifts in 4 and 8 bits, `tests/golden/v3/llama` an embedding in int8 and a
+head in int6. They are never written again; another version of the
 format gets a folder of its own beside them. They were made by
 
     python tests/test_golden.py FOLDER
@@ -28,6 +29,7 @@ from ternarize.progress import Progress
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 CODED = Path(__file__).parent / "golden" / "v2" / "llama"
+SIX = Path(__file__).parent / "golden" / "v3" / "llama"
 IDS = [[7, 23, 5, 61, 40, 12, 33, 8]]
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (config, recipe)
     "llama": (
@@ -62,6 +64,16 @@ def write_coded(folder: Path) -> None:
     Path("llama", "README.md").unlink()
 
 
+def write_six(folder: Path) -> None:
+    """Make the folder of version 3."""
+    folder.mkdir(parents=True)
+    os.chdir(folder)
+    make_checkpoint(Path("llama-source"), "llama", num_hidden_layers=1, hidden_size=64, intermediate_size=24)
+    form = {"grid": "symmetric", "scale_bits": 4, "int8_group_size": 64, "head": "int6"}
+    convert("llama-source", "llama", make_recipe(make_text(Path("text.txt")), **form), progress=Progress(quiet=True))
+    Path("llama", "README.md").unlink()
+
+
 LOGITS: dict[str, list[float]] = {
     "llama": [-0.274023, 1.573814, 2.042969, -0.287107, 0.483684, -0.792056, 2.192575, 0.029774],
     "mixtral": [1.150518, 1.564906, 0.360184, -2.08677, 0.195827, -2.684309, -2.096845, -0.513999],
@@ -79,6 +91,22 @@ def test_version_2_predicts_what_it_always_did() -> None:
     for name, weight in stored_weights(CODED).items():
         torch.testing.assert_close(model.get_submodule(name).dequantize(), weight, rtol=1e-3, atol=1e-6)
     assert sum(path.stat().st_size for path in CODED.iterdir()) <= 30_000
+
+
+SIX_LOGITS = [-1.148208, -0.783242, -0.615719, -0.371496, -1.76987, -0.939417, -1.507308, -0.719668]
+
+
+def test_version_3_predicts_what_it_always_did() -> None:
+    model, _ = ternarize.load(SIX)
+    found = model(input_ids=torch.tensor(IDS)).logits[0, -1, :8]
+    torch.testing.assert_close(found, torch.tensor(SIX_LOGITS), rtol=0, atol=1e-5)
+    config = read_config(SIX)["quantization_config"]
+    assert (config["format_version"], list(config["int8"]), list(config["int6"])) == (
+        3,
+        ["model.embed_tokens"],
+        ["lm_head"],
+    )
+    assert sum(path.stat().st_size for path in SIX.iterdir()) <= 40_000
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -124,3 +152,4 @@ def test_folders_are_of_version_1_small_and_name_no_machine() -> None:
 if __name__ == "__main__":
     write_golden(Path(sys.argv[1]).resolve() / "v1")
     write_coded(Path(sys.argv[1]).resolve() / "v2")
+    write_six(Path(sys.argv[1]).resolve() / "v3")

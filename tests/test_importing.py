@@ -54,7 +54,7 @@ def test_an_imported_folder_has_a_card_that_says_what_it_is(tmp_path: Path) -> N
     assert f"the {found.linears} linears" in card.text
     assert f"| bits per ternary weight | {found.bits_per_ternary_weight:.3f} (trits and scales" in card.text
     assert "one scale of 16 bits for each group of 16 columns" in card.text
-    assert "| int8 | nothing |" in card.text
+    assert "| embeddings and head | floats, as in the source |" in card.text
     parcel = prepare(tmp_path / "out", "me/bitnet-ternary")
     assert 'ternarize.load("me/bitnet-ternary")' in parcel.card
     local = import_checkpoint(source, tmp_path / "local", progress=QUIET)

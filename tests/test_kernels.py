@@ -26,8 +26,8 @@ from ternarize import TernaryLinear, TernaryTensor, cli, quantizer
 from ternarize.errors import TernarizeError
 from ternarize.kernels import cpu, reference
 from ternarize.kernels.builtin import MOST_TOKENS
-from ternarize.packing import dequantize_int8, pack_trits, quantize_int8, round_levels
-from ternarize.runtime import Int8Embedding, Int8Head, TiedInt8Head
+from ternarize.packing import dequantize_table, pack_trits, quantize_table, round_levels
+from ternarize.runtime import TableEmbedding, TableHead, TiedTableHead
 from ternarize.swap import run_natively
 from ternarize.tensor import expand_groups, group_count
 
@@ -119,15 +119,30 @@ def test_int8_activations_stay_within_their_rounding(
 def test_int8_tables(path: cpu.Native, shape: tuple[int, int, int], exact: bool) -> None:
     rows, columns, group_size = shape
     torch.manual_seed(0)
-    records = quantize_int8(torch.randn(rows, columns), group_size)
-    table, bias = dequantize_int8(records, columns, group_size).double(), torch.randn(rows)
+    records = quantize_table(torch.randn(rows, columns), group_size)
+    table, bias = dequantize_table(records, columns, group_size).double(), torch.randn(rows)
     for batch in BATCHES:
         x = torch.randn(batch, columns)
         size = x.double().abs() @ table.abs().T + bias.abs()
         allowed = 1e-6 * size
         if not exact:
             allowed = allowed + x.double().abs().amax(-1, keepdim=True) / 254 * table.abs().sum(-1)
-        got = cpu.int8_linear(x, records, bias, group_size, exact)
+        got = cpu.table_linear(x, records, bias, group_size, 8, exact)
+        assert ((got - (x.double() @ table.T + bias)).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("columns", "group_size"), [(64, 64), (192, 64), (320, 128), (576, 576)])
+def test_int6_tables(path: cpu.Native, columns: int, group_size: int, exact: bool) -> None:
+    torch.manual_seed(0)
+    records, bias = quantize_table(torch.randn(37, columns), group_size, 6), torch.randn(37)
+    table = dequantize_table(records, columns, group_size, 6).double()
+    for batch in BATCHES:
+        x = torch.randn(batch, columns)
+        allowed = 2e-6 * (x.double().abs() @ table.abs().T + bias.abs())
+        if not exact:
+            allowed = allowed + x.double().abs().amax(-1, keepdim=True) / 254 * table.abs().sum(-1)
+        got = cpu.table_linear(x, records, bias, group_size, 6, exact)
         assert ((got - (x.double() @ table.T + bias)).abs() <= allowed).all()
 
 
@@ -201,9 +216,13 @@ def test_the_largest_sums_do_not_overflow(path: cpu.Native, columns: int) -> Non
         weight = TernaryTensor(sign * ones, torch.ones(16, 1), None, columns)
         for x in (torch.full((3, columns), 127.0), torch.full((3, columns), -127.0)):
             assert torch.equal(pack(path, weight).linear(x, exact=False), sign * x.sum(-1, keepdim=True).expand(3, 16))
-    table = quantize_int8(torch.full((16, columns), -127.0), columns)
+    if columns % 64 == 0:
+        six = quantize_table(torch.full((16, columns), -31.0), columns, 6)
+        x = torch.full((3, columns), -127.0)
+        assert torch.equal(cpu.table_linear(x, six, None, columns, 6, False), torch.full((3, 16), 31.0 * 127 * columns))
+    table = quantize_table(torch.full((16, columns), -127.0), columns)
     x = torch.full((3, columns), -127.0)
-    assert torch.equal(cpu.int8_linear(x, table, None, columns, False), torch.full((3, 16), 127.0 * 127 * columns))
+    assert torch.equal(cpu.table_linear(x, table, None, columns, 8, False), torch.full((3, 16), 127.0 * 127 * columns))
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -232,11 +251,13 @@ def test_nothing_in_nothing_out(path: cpu.Native, exact: bool) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_with_its_token(path: cpu.Native, exact: bool, bad: float) -> None:
     weight = random_weight(20, 200, 64, shift=True)
-    packed, records = pack(path, weight), quantize_int8(weight.dequantize(), 64)
+    packed, records = pack(path, weight), quantize_table(weight.dequantize(), 64)
     x = torch.randn(5, 200)
-    good = packed.linear(x, exact), cpu.int8_linear(x, records, None, 64, exact)
+    good = packed.linear(x, exact), cpu.table_linear(x, records, None, 64, 8, exact)
     x[3, 70] = bad
-    for got, before in zip((packed.linear(x, exact), cpu.int8_linear(x, records, None, 64, exact)), good, strict=True):
+    for got, before in zip(
+        (packed.linear(x, exact), cpu.table_linear(x, records, None, 64, 8, exact)), good, strict=True
+    ):
         assert not got[3].isfinite().any()
         assert torch.equal(got[[0, 1, 2, 4]], before[[0, 1, 2, 4]])
 
@@ -244,9 +265,9 @@ def test_what_is_not_finite_stays_with_its_token(path: cpu.Native, exact: bool, 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_token_does_not_depend_on_its_batch(path: cpu.Native, exact: bool) -> None:
     weight = random_weight(20, 200, 64, shift=True)
-    packed, records = pack(path, weight), quantize_int8(weight.dequantize(), 64)
+    packed, records = pack(path, weight), quantize_table(weight.dequantize(), 64)
     x = torch.randn(300, 200)
-    for product in (lambda x: packed.linear(x, exact), lambda x: cpu.int8_linear(x, records, None, 64, exact)):
+    for product in (lambda x: packed.linear(x, exact), lambda x: cpu.table_linear(x, records, None, 64, 8, exact)):
         whole = product(x)
         assert all(torch.equal(product(x[i : i + 1]), whole[i : i + 1]) for i in (0, 7, 8, 255, 256, 299))
 
@@ -297,10 +318,10 @@ def test_several_python_threads_at_once(large: tuple[cpu.PackedTernary, Tensor, 
 FORK = """
 import os, signal, sys, torch
 from ternarize.kernels import cpu
-from ternarize.packing import quantize_int8
+from ternarize.packing import quantize_table
 torch.manual_seed(0)
-records, x = quantize_int8(torch.randn(1024, 1024), 64), torch.randn(int(sys.argv[1]), 1024)
-product = lambda: cpu.int8_linear(x, records, None, 64, False)
+records, x = quantize_table(torch.randn(1024, 1024), 64), torch.randn(int(sys.argv[1]), 1024)
+product = lambda: cpu.table_linear(x, records, None, 64, 8, False)
 tasks = lambda: len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 torch.set_num_threads(1)
 want, alone = product(), tasks()
@@ -330,14 +351,14 @@ def test_a_forked_child_computes_and_threads_are_as_many_as_torch_has(tokens: in
 TEAM = """
 import os, torch
 from ternarize.kernels import cpu
-from ternarize.packing import quantize_int8
-records, x, much = quantize_int8(torch.randn(1024, 1024), 64), torch.randn(40, 1024), torch.ones(1 << 22)
+from ternarize.packing import quantize_table
+records, x, much = quantize_table(torch.randn(1024, 1024), 64), torch.randn(40, 1024), torch.ones(1 << 22)
 torch.set_num_threads(2)
 much + 1  # torch has its threads from here on
 before = len(os.listdir("/proc/self/task"))
-cpu.int8_linear(x, records, None, 64, False)
+cpu.table_linear(x, records, None, 64, 8, False)
 print(len(os.listdir("/proc/self/task")) - before)
-cpu.int8_linear(x[:4], records, None, 64, False)
+cpu.table_linear(x[:4], records, None, 64, 8, False)
 print(len(os.listdir("/proc/self/task")) - before)
 """
 
@@ -421,7 +442,7 @@ def test_inference_mode_and_weights_born_in_it() -> None:
 def test_heads_run_natively_with_their_bias() -> None:
     torch.manual_seed(0)
     table, bias, x = torch.randn(50, 100), torch.nn.Parameter(torch.randn(50), requires_grad=False), torch.randn(2, 100)
-    own, tied = Int8Head.from_weight(table, 64, bias), TiedInt8Head(Int8Embedding.from_weight(table, 64), bias)
+    own, tied = TableHead.from_weight(table, 64, bias=bias), TiedTableHead(TableEmbedding.from_weight(table, 64), bias)
     for head in (own, tied):
         want = head(x)
         run_natively(head, "float")
@@ -431,7 +452,7 @@ def test_heads_run_natively_with_their_bias() -> None:
 
 
 def test_compiled_models_call_the_operators() -> None:
-    linear, head = native_linear("int8"), Int8Head.from_weight(torch.randn(30, 24), 8)
+    linear, head = native_linear("int8"), TableHead.from_weight(torch.randn(30, 24), 8)
     run_natively(head, "int8")
     model, x = torch.nn.Sequential(linear, head), torch.randn(3, 200)
     want = model(x)
@@ -442,7 +463,7 @@ def test_compiled_models_call_the_operators() -> None:
     arguments = (packed.packed, packed.bias, packed.path.index, 24, 64, True, False)
     torch.library.opcheck(torch.ops.ternarize.ternary_linear, (x, *arguments))
     torch.library.opcheck(
-        torch.ops.ternarize.int8_linear, (torch.randn(2, 24), head.weight, None, packed.path.index, 8, True)
+        torch.ops.ternarize.table_linear, (torch.randn(2, 24), head.weight, None, packed.path.index, 8, 8, True)
     )
 
 

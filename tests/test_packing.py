@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ternarize.errors import FormatError
+from ternarize.errors import FormatError, TernarizeError
 from ternarize.packing import (
     check_packed,
+    check_table,
     decode_levels,
-    dequantize_int8,
+    dequantize_table,
     encode_levels,
-    int8_row_bytes,
     level_row_bytes,
     pack_trits,
     packed_columns,
-    quantize_int8,
+    quantize_table,
+    table_row_bytes,
     trit_table,
     unpack_trits,
 )
@@ -139,21 +140,21 @@ def test_an_empty_tensor_has_nothing_to_refuse() -> None:
 def test_an_int8_record_has_these_bytes() -> None:
     # Groups of 2: the largest of the first is 127, so its scale is 1 = fp16 0x3C00; of the last 254, scale 2 = 0x4000.
     weight = torch.tensor([[127.0, -3.0, 254.0], [-127.0, 0.4, -254.0]])
-    packed = quantize_int8(weight, 2)
+    packed = quantize_table(weight, 2)
     assert packed.dtype == torch.uint8
     assert packed.tolist() == [
         [127, 253, 127, 0x00, 0x3C, 0x00, 0x40],
         [129, 0, 129, 0x00, 0x3C, 0x00, 0x40],
     ]
-    assert dequantize_int8(packed, 3, 2).tolist() == [[127.0, -3.0, 254.0], [-127.0, 0.0, -254.0]]
+    assert dequantize_table(packed, 3, 2).tolist() == [[127.0, -3.0, 254.0], [-127.0, 0.0, -254.0]]
 
 
 @pytest.mark.parametrize(
     ("columns", "group_size", "expected"), [(64, 64, 66), (65, 64, 69), (5, 2, 11), (3, 8, 5), (576, 64, 594)]
 )
 def test_an_int8_record_holds_codes_and_a_scale_per_group(columns: int, group_size: int, expected: int) -> None:
-    assert int8_row_bytes(columns, group_size) == expected
-    assert quantize_int8(torch.randn(2, columns), group_size).shape == (2, expected)
+    assert table_row_bytes(columns, group_size) == expected
+    assert quantize_table(torch.randn(2, columns), group_size).shape == (2, expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -164,7 +165,7 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_group(
     rows: int, columns: int, group_size: int, exponent: float, seed: int
 ) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10**exponent
-    restored = dequantize_int8(quantize_int8(weight, group_size), columns, group_size)
+    restored = dequantize_table(quantize_table(weight, group_size), columns, group_size)
     assert restored.shape == weight.shape
     assert restored.dtype == torch.float32
     for start in range(0, columns, group_size):
@@ -177,28 +178,68 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_group(
 def test_a_short_last_int8_group_is_the_group_alone() -> None:
     weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     weight[:, 8:] *= 100
-    whole = dequantize_int8(quantize_int8(weight, 4), 10, 4)
-    alone = dequantize_int8(quantize_int8(weight[:, 8:].contiguous(), 2), 2, 2)
+    whole = dequantize_table(quantize_table(weight, 4), 10, 4)
+    alone = dequantize_table(quantize_table(weight[:, 8:].contiguous(), 2), 2, 2)
     assert torch.equal(whole[:, 8:], alone)
 
 
 def test_zeros_and_the_tiniest_weights_stay_finite_in_int8() -> None:
     weight = torch.tensor([[0.0, 0.0, 1e-30, -1e-30]])
-    assert dequantize_int8(quantize_int8(weight, 2), 4, 2).tolist() == [[0.0, 0.0, 0.0, 0.0]]
+    assert dequantize_table(quantize_table(weight, 2), 4, 2).tolist() == [[0.0, 0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_int8_records_do_not_depend_on_the_dtype_of_the_source(dtype: torch.dtype) -> None:
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.equal(quantize_int8(weight, 4), quantize_int8(weight.float(), 4))
+    assert torch.equal(quantize_table(weight, 4), quantize_table(weight.float(), 4))
 
 
 @pytest.mark.parametrize("columns", [5, 6])
 @pytest.mark.parametrize("pick", [[[1]], [[1, 3]], [1], [2, 0, 2]], ids=str)
 def test_int8_records_can_be_looked_up_like_an_embedding(columns: int, pick: list[int]) -> None:
-    packed = quantize_int8(torch.randn(4, columns, generator=torch.Generator().manual_seed(0)), 2)
-    whole = dequantize_int8(packed, columns, 2)
-    assert torch.equal(dequantize_int8(packed[torch.tensor(pick)], columns, 2), whole[torch.tensor(pick)])
+    packed = quantize_table(torch.randn(4, columns, generator=torch.Generator().manual_seed(0)), 2)
+    whole = dequantize_table(packed, columns, 2)
+    assert torch.equal(dequantize_table(packed[torch.tensor(pick)], columns, 2), whole[torch.tensor(pick)])
+
+
+# -- int6 records --------------------------------------------------------------------------------------------------
+
+
+def test_an_int6_record_has_these_bytes() -> None:
+    """Codes by hand: byte i < 32 has the lower halves of columns i and 32 + i, byte 32 + i four upper pairs."""
+    codes = [31, -31, 0, *[5] * 29, -16, *[7] * 31]
+    packed = quantize_table(torch.tensor([codes], dtype=torch.float32), 64, 6)
+    biased = [code + 32 for code in codes]
+    lows = [biased[i] % 16 + 16 * (biased[32 + i] % 16) for i in range(32)]
+    highs = [sum((biased[16 * f + i] // 16) << 2 * f for f in range(4)) for i in range(16)]
+    assert packed.tolist() == [[*lows, *highs, 0x00, 0x3C]]
+    assert (packed[0, 0].item(), packed[0, 32].item()) == (15, 3 + 4 * 2 + 16 * 1 + 64 * 2)
+    assert dequantize_table(packed, 64, 64, 6).tolist() == [codes]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([64, 128, 320]), st.floats(-3, 4), st.integers(0, 1000))
+def test_int6_is_no_worse_than_the_largest_weight_over_31(
+    rows: int, runs: int, group_size: int, exponent: float, seed: int
+) -> None:
+    columns = 64 * runs
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10**exponent
+    packed = quantize_table(weight, group_size, 6)
+    assert packed.shape[1] == table_row_bytes(columns, group_size, 6) < columns
+    restored = dequantize_table(packed, columns, group_size, 6)
+    for start in range(0, columns, group_size):
+        group, back = weight[:, start : start + group_size], restored[:, start : start + group_size]
+        step = (group.abs().amax(1, keepdim=True) / 31).half().float()
+        nearest = (group / step).round().clamp(-31, 31) * step
+        assert bool(((group - back).square().sum(1) <= (group - nearest).square().sum(1) * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(50, 64), (96, 96), (128, 32), (128, 96)])
+def test_int6_wants_whole_runs_of_64(columns: int, group_size: int) -> None:
+    with pytest.raises(TernarizeError, match=r"lm_head has .* multiples of 64\. Choose int8"):
+        check_table(columns, group_size, 6, "lm_head")
+    check_table(columns, group_size, 8, "lm_head")
+    check_table(192, 192, 6, "lm_head")  # one group a row
 
 
 # -- levels ------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,9 @@ def assert_plan_is_what_happens(source: Path, recipe: Recipe, output: Path) -> P
     tensors = read_tensors(output).values()
     assert before.output_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert before.ternary == {entry.name: entry.shape for entry in report.linears}
-    assert sorted(before.int8) == report.int8
+    assert {name: bits for name, (_, _, bits) in before.tables.items()} == (
+        dict.fromkeys(report.int8, 8) | dict.fromkeys(report.int6, 6)
+    )
     assert [dataclasses.astuple(kept) for kept in before.kept] == [
         (kept["name"], tuple(kept["shape"]), kept["reason"]) for kept in report.kept
     ]

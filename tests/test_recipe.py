@@ -29,8 +29,8 @@ recipes = st.builds(
     refit=st.booleans(),
     correction=st.floats(0, 1),
     damping=st.floats(0, 1, exclude_min=True),
-    embeddings=st.sampled_from(["int8", "keep"]),
-    head=st.sampled_from(["int8", "keep"]),
+    embeddings=st.sampled_from(["int8", "int6", "keep"]),
+    head=st.sampled_from(["int8", "int6", "keep"]),
     int8_group_size=st.integers(1, 4096),
     skip=st.lists(st.text(), max_size=3).map(tuple),
     calibration=st.builds(

@@ -212,7 +212,7 @@ def plan(
         [
             ("model", f"{made.model}, {made.block_count} blocks at {made.blocks}"),
             ("ternary", f"{len(made.ternary)} linears, {made.ternary_weights:,} weights ({100 * share:.1f} %)"),
-            ("int8", ", ".join(f"{n} {list(shape)}" for n, shape in made.int8.items()) or "nothing"),
+            ("tables", ", ".join(f"{n} [{v}, {h}] in int{b}" for n, (v, h, b) in made.tables.items()) or "none"),
             ("weight files", f"{size(made.source_bytes)} -> {size(made.output_bytes)}"),
             ("peak memory", f"about {size(made.peak_memory)}"),
             ("time", f"about {duration(made.seconds)}" + (", and the model's own text first" * made.writes_text)),

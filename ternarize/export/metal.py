@@ -5,8 +5,8 @@
     NAME.qbiases  fp16   [O, I / S]    shift - scale; rounded to fp16 where there is a shift      (MLX: NAME.biases)
 
 `metal` is what stock transformers reads (quant_method "metal"): on an Apple GPU by kernels that compute on the codes,
-elsewhere, with device_map="cpu", dequantized while loading. `mlx` is the same for mlx-lm, and keeps int8 embeddings and
-heads in 8 bits: codes + 128, biases -128 * scale. S is 32, 64 or 128, one for the whole model.
+elsewhere, with device_map="cpu", dequantized while loading. `mlx` is the same for mlx-lm, and holds int8 and int6
+embeddings and heads in 8 bits: codes + 128, biases -128 * scale. S is 32, 64 or 128, one for the whole model.
 
 transformers gives each weight the type of its scales, and asks that all of a model have one type; so every float in the
 file is float16, which holds the folder's scales exactly, and the model computes in float16. A model whose activations
@@ -113,23 +113,23 @@ class Mlx(Metal):
     def config(self, folder: TernaryFolder, group_size: int) -> dict[str, Any]:
         """mlx-lm's "quantization", with an entry for each 8-bit table."""
         quantization: dict[str, Any] = {"group_size": group_size, "bits": 2, "mode": "affine"}
-        for name in self._int8(folder):
+        for name in self._kept_tables(folder):
             module = name.removesuffix(".weight")
             quantization[module] = {"group_size": folder.layout.int8_group_size, "bits": 8, "mode": "affine"}
         return {"quantization": quantization, "quantization_config": quantization} | older_fields(folder)
 
     def tables(self, folder: TernaryFolder) -> str:
-        """What becomes of int8 tables, in words."""
-        return "" if self._int8(folder) == folder.int8 else super().tables(folder)
+        """What becomes of tables of codes, in words."""
+        return "" if self._kept_tables(folder) == list(folder.tables) else super().tables(folder)
 
     def rest(self, folder: TernaryFolder) -> Iterator[tuple[str, Tensor]]:
-        """All else, int8 tables as 8-bit codes."""
-        exact = self._int8(folder)
+        """All else, tables as 8-bit codes."""
+        exact = self._kept_tables(folder)
         for name, tensor in super().rest(folder):
             if name not in exact:
                 yield name, tensor
                 continue
-            codes, scale = folder.int8_codes(name)
+            codes, scale = folder.table_codes(name)
             module = name.removesuffix(".weight")
             yield name, pack_words(codes.to(torch.int16) + 128, 8).view(torch.uint32)
             yield f"{module}.scales", scale.to(self.dtype)
@@ -138,7 +138,7 @@ class Mlx(Metal):
     def rest_bytes(self, folder: TernaryFolder) -> int:
         """Bytes of `rest`."""
         total = super().rest_bytes(folder)
-        for name in self._int8(folder):
+        for name in self._kept_tables(folder):
             rows, columns = folder.shape(name)
             total += rows * (columns + 4 * columns // folder.layout.int8_group_size)
             total -= rows * columns * self.dtype.itemsize
@@ -162,12 +162,12 @@ class Mlx(Metal):
         model.set_dtype(mx.float32)
         return torch.cat([torch.from_numpy(np.array(model(mx.array([window])))) for window in ids.tolist()])
 
-    def _int8(self, folder: TernaryFolder) -> list[str]:
-        """Which of the tables stay in 8 bits: those whose groups MLX has; rounded scales would be worse than floats."""
+    def _kept_tables(self, folder: TernaryFolder) -> list[str]:
+        """Which of the tables become 8-bit codes: those whose groups MLX has; rounded scales would be worse."""
         if self.dtype != torch.float16:
             return []
         size = folder.layout.int8_group_size
-        return [n for n in folder.int8 if size in GROUP_SIZES and folder.shape(n)[1] % size == 0]
+        return [n for n in folder.tables if size in GROUP_SIZES and folder.shape(n)[1] % size == 0]
 
 
 def older_fields(folder: TernaryFolder) -> dict[str, Any]:

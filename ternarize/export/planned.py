@@ -34,8 +34,9 @@ class PlannedFolder(TernaryFolder):
             group_size=recipe.group_size,
             shift=shift,
             kept=tuple(plan.kept_linears),
-            int8=dict.fromkeys(plan.int8, 1.0),
+            int8={name: 1.0 for name, (_, _, bits) in plan.tables.items() if bits == 8},
             int8_group_size=recipe.int8_group_size,
+            int6={name: 1.0 for name, (_, _, bits) in plan.tables.items() if bits == 6},
         )
         self._checkpoint = checkpoint
         self._open(checkpoint.folder, read_config(checkpoint.folder), layout)
@@ -62,7 +63,7 @@ class PlannedFolder(TernaryFolder):
 
     def stored(self, name: str) -> torch.dtype:
         """The source's type."""
-        return self.table_dtype if name in self.int8 else self._checkpoint.source_dtype(name)
+        return self.table_dtype if name in self.tables else self._checkpoint.source_dtype(name)
 
 
 def check_before(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, formats: list[str], allow_lossy: bool) -> None:

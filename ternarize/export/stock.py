@@ -1,7 +1,7 @@
 """What the formats that are Hugging Face folders share: a config, tokenizer files, and other tensors for each linear.
 
-Embeddings and heads that are int8 in the folder have no place in most of these formats. They are written as floats:
-float16, which rounds each value by at most 2^-11 of it, or float32 where the model is float32.
+Embeddings and heads that are int8 or int6 in the folder have no place in most of these formats. They are written as
+floats: float16, which rounds each value by at most 2^-11 of it, or float32 where the model is float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.export.regroup import fitting_group_size, is_cut, regroup, relative_error, weights
 from ternarize.export.target import EXACT, TOLERANCE, Exactness, TernaryFolder
 from ternarize.progress import Progress, quiet_transformers, size
-from ternarize.runtime import Int8Head, TiedInt8Head
+from ternarize.runtime import TableHead, TiedTableHead
 from ternarize.tensor import TernaryTensor, group_count
 
 SHARD_BYTES = 4_000_000_000
@@ -103,15 +103,16 @@ class StockTarget:
         return ""
 
     def tables(self, folder: TernaryFolder) -> str:
-        """What becomes of int8 tables, in words."""
-        if not folder.int8:
+        """What becomes of tables of codes, in words."""
+        if not folder.tables:
             return ""
-        values = sum(torch.Size(folder.shape(name)).numel() for name in folder.int8)
+        values = sum(torch.Size(folder.shape(name)).numel() for name in folder.tables)
+        bits = " and ".join(sorted({f"int{bits}" for bits in folder.tables.values()}))
         dtype = self.dtype or folder.table_dtype
-        return f"{' and '.join(folder.int8)} from int8 to {named(dtype)}, {size(values * dtype.itemsize)}"
+        return f"{' and '.join(folder.tables)} from {bits} to {named(dtype)}, {size(values * dtype.itemsize)}"
 
     def rest(self, folder: TernaryFolder) -> Iterator[tuple[str, Tensor]]:
-        """All that is not ternary, under its name; int8 tables as floats."""
+        """All that is not ternary, under its name; tables of codes as floats."""
         for name in folder.rest:
             yield name, folder.tensor(name, self.dtype or folder.stored(name))
 
@@ -184,7 +185,7 @@ def shapes(folder: TernaryFolder) -> dict[tuple[int, int], int]:
 
 def float_linears(folder: TernaryFolder) -> list[str]:
     """Names of the modules that stock software has as linears and that are not ternary: heads, and what was kept."""
-    kinds = (torch.nn.Linear, Int8Head, TiedInt8Head)
+    kinds = (torch.nn.Linear, TableHead, TiedTableHead)
     return [name for name, module in folder.model.named_modules() if isinstance(module, kinds)]
 
 

@@ -28,10 +28,10 @@ from ternarize.checkpoint import (
 )
 from ternarize.errors import FormatError
 from ternarize.format import QUANT_METHOD, Layout
-from ternarize.packing import dequantize_int8, split_int8
+from ternarize.packing import dequantize_table, split_table
 from ternarize.progress import Progress
 from ternarize.quantizer import check_names, quant_method
-from ternarize.runtime import Int8Embedding, Int8Head, TernaryLinear, TiedInt8Head
+from ternarize.runtime import TableEmbedding, TableHead, TernaryLinear, TiedTableHead
 from ternarize.swap import replace_float_modules
 from ternarize.tensor import TernaryTensor
 
@@ -103,7 +103,7 @@ class TernaryFolder:
         mixtures: paths of the experts that were taken apart; stock software has them fused.
         rest: names of all other parameters and saved buffers (biases of ternary linears too), a tied one once.
         tied: {parameter: the parameter whose tensor it shares}; the shared one is in `rest`.
-        int8: names in `rest` of the tables that are stored in int8.
+        tables: {name in `rest` of an embedding or head that is stored in codes: their bits, 8 or 6}.
 
     Raises:
         FormatError: not a ternarize folder, or damaged.
@@ -134,15 +134,15 @@ class TernaryFolder:
         replace_float_modules(self.model, layout)
         named = list(self.model.named_modules())
         self._ternary = {name: module for name, module in named if isinstance(module, TernaryLinear)}
-        self._int8 = {f"{name}.weight": m for name, m in named if isinstance(m, (Int8Embedding, Int8Head))}
+        self._tables = {f"{name}.weight": m for name, m in named if isinstance(m, (TableEmbedding, TableHead))}
         self.linears = {name: (module.out_features, module.in_features) for name, module in self._ternary.items()}
         self.group_sizes = {name: module.group_size for name, module in self._ternary.items()}
         self.transposed = {n for n, module in self._ternary.items() if module.replaces is not torch.nn.Linear}
         self.mixtures = [name for name, module in named if isinstance(module, UnfusedExperts)]
-        self.int8 = list(self._int8)
+        self.tables = {name: module.bits for name, module in self._tables.items()}
         packed = {f"{name}.{buffer}" for name, module in self._ternary.items() for buffer in module._buffers}
         markers = {f"{name}.{b}" for name, m in named if isinstance(m, UnfusedExperts) for b in m._buffers}
-        shared = {n for n, m in named if isinstance(m, TiedInt8Head)}
+        shared = {n for n, m in named if isinstance(m, TiedTableHead)}
         self.rest = [
             name
             for name in self.model.state_dict()
@@ -161,7 +161,7 @@ class TernaryFolder:
 
     @property
     def table_dtype(self) -> torch.dtype:
-        """The float type that holds an int8 table best at the size of the model's own."""
+        """The float type that holds a table best at the size of the model's own."""
         return torch.float16 if self.dtype.itemsize == 2 else self.dtype
 
     def ternary(self, name: str) -> TernaryTensor:
@@ -179,30 +179,30 @@ class TernaryFolder:
         return linear.to_tensor()
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One of `rest`: as stored, an int8 table as float32 (its module's own multiplier is not in it).
+        """One of `rest`: as stored, a table as float32 (its module's own multiplier is not in it).
 
         Args:
             dtype: what to round floats to; None leaves them.
         """
         stored = self._read(name)
-        if name in self._int8:
-            stored = dequantize_int8(stored, self.shape(name)[1], self.layout.int8_group_size)
+        if name in self.tables:
+            stored = dequantize_table(stored, self.shape(name)[1], self.layout.int8_group_size, self.tables[name])
         return stored.to(dtype) if dtype is not None and stored.is_floating_point() else stored
 
-    def int8_codes(self, name: str) -> tuple[Tensor, Tensor]:
-        """Of a table in `int8`: codes int8 [V, H], and scales float16 [V, ceil(H / int8_group_size)]."""
-        return split_int8(self._read(name), self.shape(name)[1])
+    def table_codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of one of `tables`: codes int8 [V, H], and scales float16 [V, ceil(H / int8_group_size)]."""
+        return split_table(self._read(name), self.shape(name)[1], self.tables[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one of `rest`, as `tensor` gives it; nothing is read."""
-        if module := self._int8.get(name):
-            columns = module.embedding_dim if isinstance(module, Int8Embedding) else module.in_features
+        if module := self._tables.get(name):
+            columns = module.embedding_dim if isinstance(module, TableEmbedding) else module.in_features
             return module.weight.shape[0], columns
         return tuple(self.model.state_dict()[name].shape)
 
     def stored(self, name: str) -> torch.dtype:
-        """The float type in which the folder holds one of `rest`; an int8 table, `table_dtype`."""
-        return self.table_dtype if name in self._int8 else SAFETENSORS_DTYPES.get(self._stored[name], torch.bfloat16)
+        """The float type in which the folder holds one of `rest`; a table, `table_dtype`."""
+        return self.table_dtype if name in self.tables else SAFETENSORS_DTYPES.get(self._stored[name], torch.bfloat16)
 
     def _read(self, name: str) -> Tensor:
         with safe_open(self._where[name], framework="pt") as file:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from ternarize import __version__
 from ternarize.checkpoint import find_shards, write_text
 from ternarize.format import TRIPWIRE, Layout
-from ternarize.hub import CARD_FILE, LOADING, PLACE, describe_levels
+from ternarize.hub import CARD_FILE, LOADING, PLACE, describe_levels, describe_tables
 from ternarize.progress import size
 
 CARD = (
@@ -29,7 +29,7 @@ Nothing was fitted or rounded: every weight of the {count} linears inside its de
 | --- | --- |
 | bits per ternary weight | {bits:.3f} ({parts}, all stored bytes counted) |
 | weight files | {bytes} |
-| int8 | {int8} |
+| embeddings and head | {tables} |
 
 """
     + LOADING
@@ -70,7 +70,7 @@ def write_card(folder: Path, name: str, known: dict[str, Any], layout: Layout, l
         bits=bits,
         parts=parts,
         bytes=size(sum(shard.stat().st_size for shard in find_shards(folder))),
-        int8=", ".join(f"`{table}`" for table in layout.int8) or "nothing",
+        tables=describe_tables(layout.int8, layout.int6),
         place=PLACE,
         tripwire=TRIPWIRE,
     )

@@ -12,9 +12,9 @@ from functools import partial
 
 from ternarize.kernels.builtin import BuiltinTernary
 from ternarize.kernels.cpu import Native, PackedTernary, check_activations, default_activations, missing, native, usable
-from ternarize.kernels.cpu import int8_linear as native_int8_linear
+from ternarize.kernels.cpu import table_linear as native_table_linear
 from ternarize.kernels.pages import allocate, trim
-from ternarize.kernels.reference import int8_linear, ternary_linear, ternary_weight
+from ternarize.kernels.reference import table_linear, ternary_linear, ternary_weight
 
 __all__ = [
     "BuiltinTernary",
@@ -23,10 +23,10 @@ __all__ = [
     "allocate",
     "check_activations",
     "default_activations",
-    "int8_linear",
     "native",
-    "native_int8_linear",
+    "native_table_linear",
     "packer",
+    "table_linear",
     "ternary_linear",
     "ternary_weight",
     "trim",

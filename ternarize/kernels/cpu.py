@@ -27,14 +27,14 @@ from torch import Tensor
 
 from ternarize.errors import TernarizeError
 from ternarize.kernels.pages import allocate
-from ternarize.packing import int8_row_bytes
+from ternarize.packing import table_row_bytes
 
 CPU_VARIABLE = "TERNARIZE_CPU"
 ACTIVATIONS_VARIABLE = "TERNARIZE_ACTIVATIONS"
 ACTIVATIONS = ("int8", "float")
 REFERENCE = "torch"  # as a path's name: none, the reference computes
 LIBRARY = "libternarize.so"
-ABI = 3
+ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -45,11 +45,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tz_cpu_features": (ctypes.c_char_p, []),
     "tz_set_team": (None, [_pointer]),
     "tz_ternary_shape": (_pointer, [_int, _int64, _int64, _int64, _int]),
-    "tz_int8_shape": (_pointer, [_int, _int64, _int64, _int64]),
+    "tz_table_shape": (_pointer, [_int, _int64, _int64, _int64, _int]),
     "tz_packed_bytes": (_int64, [_pointer]),
     "tz_pack_ternary": (None, [_pointer, _pointer, _pointer, _pointer, _pointer, _int]),
     "tz_ternary_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
-    "tz_int8_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
+    "tz_table_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
     "tz_make_decoder": (_pointer, [_int, _int64, _int64, _int64, _int64, _int64, _int64, _int, _int]),
     "tz_free_decoder": (None, [_pointer]),
     "tz_set_linear": (None, [_pointer, _int64, _int, _pointer, _pointer, _pointer]),
@@ -222,14 +222,15 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 @cache
-def _shape(path: int, ternary: bool, rows: int, columns: int, group_size: int, has_shift: bool) -> int:
-    """A `tz_shape`, kept for the life of the process: a model has few."""
+def _shape(function: str, path: int, rows: int, columns: int, group_size: int, kind: int) -> int:
+    """A `tz_shape`, kept for the life of the process: a model has few.
+
+    Args:
+        function, kind: "tz_ternary_shape" and whether there is a shift, or "tz_table_shape" and the bits.
+    """
     library, _ = load_library()
     assert library is not None
-    if ternary:
-        shape = library.tz_ternary_shape(path, rows, columns, group_size, has_shift)
-    else:
-        shape = library.tz_int8_shape(path, rows, columns, group_size)
+    shape = getattr(library, function)(path, rows, columns, group_size, kind)
     if shape is None:
         raise MemoryError(f"no memory to describe a weight of {rows} x {columns}")
     return int(shape)
@@ -280,7 +281,7 @@ class PackedTernary:
     ) -> None:
         self.path, self.rows, self.group_size, self.has_shift = path, trits.shape[0], group_size, shift is not None
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.shape = _shape(path.index, True, self.rows, in_features, group_size, self.has_shift)
+        self.shape = _shape("tz_ternary_shape", path.index, self.rows, in_features, group_size, self.has_shift)
         self.packed = allocate(path.library.tz_packed_bytes(self.shape))
         self._product = path.library.tz_ternary_linear
         trits, scale = trits.contiguous(), scale.contiguous()
@@ -315,8 +316,8 @@ class PackedTernary:
         return type(None), ()
 
 
-def int8_linear(x: Tensor, records: Tensor, bias: Tensor | None, group_size: int, exact: bool) -> Tensor:
-    """x [B, H] times int8 records, uint8 [V, H + 2 G], read where they lie; [B, V] in x's dtype.
+def table_linear(x: Tensor, records: Tensor, bias: Tensor | None, group_size: int, bits: int, exact: bool) -> Tensor:
+    """x [B, H] times a table's records, uint8 [V, R], read where they lie; [B, V] in x's dtype.
 
     Raises:
         MemoryError: there is none for the activations.
@@ -324,18 +325,20 @@ def int8_linear(x: Tensor, records: Tensor, bias: Tensor | None, group_size: int
     path = native()
     assert path is not None
     if torch.compiler.is_compiling():
-        return _int8_operator(x, records, bias, path.index, group_size, exact)
-    return _int8_product(x, records, bias, path.index, group_size, exact)
+        return _table_operator(x, records, bias, path.index, group_size, bits, exact)
+    return _table_product(x, records, bias, path.index, group_size, bits, exact)
 
 
-def _int8_product(x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, exact: bool) -> Tensor:
+def _table_product(
+    x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, bits: int, exact: bool
+) -> Tensor:
     library, _ = load_library()
     assert library is not None
     rows, columns = records.shape[0], x.shape[-1]
-    assert records.shape[1] == int8_row_bytes(columns, group_size)
-    shape = _shape(path, False, rows, columns, group_size, False)
+    assert records.shape[1] == table_row_bytes(columns, group_size, bits)
+    shape = _shape("tz_table_shape", path, rows, columns, group_size, bits)
     bias = None if bias is None else bias.detach().float()
-    return _product(library.tz_int8_linear, shape, records.contiguous(), bias, x, rows, exact)
+    return _product(library.tz_table_linear, shape, records.contiguous(), bias, x, rows, exact)
 
 
 # torch.compile cannot look into a call of ctypes, and calls these; outside of it the direct call is cheaper.
@@ -354,7 +357,7 @@ def _ternary_operator(
 ) -> Tensor:
     library, _ = load_library()
     assert library is not None
-    shape = _shape(path, True, rows, x.shape[-1], group_size, has_shift)
+    shape = _shape("tz_ternary_shape", path, rows, x.shape[-1], group_size, has_shift)
     return _product(library.tz_ternary_linear, shape, packed, bias, x, rows, exact)
 
 
@@ -363,11 +366,13 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, path: int, rows: int, *_: 
     return x.new_empty(*x.shape[:-1], rows)
 
 
-@torch.library.custom_op("ternarize::int8_linear", mutates_args=())
-def _int8_operator(x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, exact: bool) -> Tensor:
-    return _int8_product(x, records, bias, path, group_size, exact)
+@torch.library.custom_op("ternarize::table_linear", mutates_args=())
+def _table_operator(
+    x: Tensor, records: Tensor, bias: Tensor | None, path: int, group_size: int, bits: int, exact: bool
+) -> Tensor:
+    return _table_product(x, records, bias, path, group_size, bits, exact)
 
 
-@_int8_operator.register_fake
+@_table_operator.register_fake
 def _(x: Tensor, records: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], records.shape[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ternarize.packing import dequantize_int8, unpack_trits
+from ternarize.packing import dequantize_table, unpack_trits
 from ternarize.tensor import expand_groups
 
 SLICE_WEIGHTS = 1 << 22  # float weights alive at a time (16 MiB in float32)
@@ -41,14 +41,16 @@ def ternary_linear(
     return _sliced(x, packed.shape[0], rows, bias)
 
 
-def int8_linear(
+def table_linear(
     x: Tensor,  # float [B, H]
-    packed: Tensor,  # uint8 [V, H + 2 G]
+    packed: Tensor,  # uint8 [V, R]
     bias: Tensor | None,  # float [V]
     group_size: int,
+    bits: int,
 ) -> Tensor:
-    """x W' + bias with W from int8 records, weights rounded to x's dtype; [B, V]."""
-    return _sliced(x, packed.shape[0], lambda a, b: dequantize_int8(packed[a:b], x.shape[-1], group_size), bias)
+    """x W' + bias with W from a table's records, weights rounded to x's dtype; [B, V]."""
+    columns = x.shape[-1]
+    return _sliced(x, packed.shape[0], lambda a, b: dequantize_table(packed[a:b], columns, group_size, bits), bias)
 
 
 def _sliced(x: Tensor, out_features: int, rows, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]

@@ -28,7 +28,7 @@ static void *room(size_t bytes) {
 }
 
 typedef struct {
-    int rows, columns, group, groups, tokens, shift, bias, dtype, exact, threads;
+    int rows, columns, group, groups, tokens, shift, bias, bits, dtype, exact, threads;
 } task;
 
 static float stored(float value, int dtype, void *out, size_t at) {
@@ -110,25 +110,37 @@ static int ternary(const task *t, int path, const float *x, const void *input, c
     return failed;
 }
 
-static int int8(const task *t, int path, const float *x, const void *input, const float *bias) {
-    const size_t rows = (size_t)t->rows, columns = (size_t)t->columns, record = columns + 2 * (size_t)t->groups;
-    uint8_t *records = malloc(rows * record);
+/* Code number i of a row, in 6 bits: see layout.h. */
+static void put_six(uint8_t *codes, int i, int code) {
+    const int vector = i / 64, at = i % 64, value = code + 32;
+    uint8_t *lows = codes + 48 * vector, *highs = lows + 32;
+    lows[at % 32] |= (uint8_t)((value & 15) << (at < 32 ? 0 : 4));
+    highs[at % 16] |= (uint8_t)((value >> 4) << 2 * (at / 16));
+}
+
+static int table(const task *t, int path, const float *x, const void *input, const float *bias) {
+    const size_t rows = (size_t)t->rows, columns = (size_t)t->columns, bytes = columns * (size_t)t->bits / 8;
+    const size_t record = bytes + 2 * (size_t)t->groups;
+    uint8_t *records = calloc(rows, record);
     double *weight = malloc(rows * columns * sizeof *weight);
     for (size_t o = 0; o < rows; o++) {
         uint8_t *codes = records + o * record;
         for (int g = 0; g < t->groups; g++) {
             const uint16_t scale = to_float16(0.001f + fabsf(uniform()) / 100);
-            memcpy(codes + columns + 2 * g, &scale, 2);
+            memcpy(codes + bytes + 2 * g, &scale, 2);
             for (int i = g * t->group; i < t->columns && i < (g + 1) * t->group; i++) {
-                const int code = (int)draw(255) - 127;
-                codes[i] = (uint8_t)code;
+                const int code = t->bits == 6 ? (int)draw(63) - 31 : (int)draw(255) - 127;
+                if (t->bits == 6)
+                    put_six(codes, i, code);
+                else
+                    codes[i] = (uint8_t)code;
                 weight[o * columns + (size_t)i] = (double)from_float16(scale) * code;
             }
         }
     }
-    tz_shape *s = tz_int8_shape(path, t->rows, t->columns, t->group);
+    tz_shape *s = tz_table_shape(path, t->rows, t->columns, t->group, t->bits);
     void *y = malloc(rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
-    int failed = tz_int8_linear(s, records, bias, input, y, t->tokens, t->dtype, t->exact, t->threads);
+    int failed = tz_table_linear(s, records, bias, input, y, t->tokens, t->dtype, t->exact, t->threads);
     failed |= compare(t, tz_path_name(path), weight, weight, x, bias, y);
     tz_free_shape(s);
     free(records), free(weight), free(y);
@@ -139,6 +151,8 @@ static int one_round(void) {
     static const int groups[] = {1, 4, 7, 20, 32, 64, 100, 128, 129, 256, 1000};
     task t = {.rows = 1 + (int)draw(70), .columns = 1 + (int)draw(600), .tokens = 1 + (int)draw(20)};
     t.group = groups[draw(sizeof groups / sizeof *groups)];
+    t.bits = draw(2) ? 8 : 6;
+    if (t.bits == 6) t.columns = 64 * (1 + (int)draw(9)), t.group = 64 * (1 + (int)draw(4));
     t.group = t.group < t.columns ? t.group : t.columns;
     t.groups = (t.columns + t.group - 1) / t.group;
     t.shift = (int)draw(2), t.bias = (int)draw(2), t.dtype = (int)draw(3), t.exact = (int)draw(2);
@@ -151,7 +165,7 @@ static int one_round(void) {
     const float *added = t.bias ? bias : NULL;
     int failed = 0;
     for (int path = 0; tz_path_name(path); path++)
-        if (tz_path_supported(path)) failed |= ternary(&t, path, x, input, added) | int8(&t, path, x, input, added);
+        if (tz_path_supported(path)) failed |= ternary(&t, path, x, input, added) | table(&t, path, x, input, added);
     free(x), free(bias), free(input);
     return failed;
 }
@@ -263,8 +277,8 @@ static void *busy(void *unused) {
     enum { SIZE = 1024, TOKENS = 8 };
     uint8_t *records = calloc(SIZE, SIZE + 2);
     float *x = calloc(TOKENS * SIZE, sizeof *x), *y = calloc(TOKENS * SIZE, sizeof *y);
-    tz_shape *s = tz_int8_shape(0, SIZE, SIZE, SIZE);
-    for (int i = 0; i < 3; i++) tz_int8_linear(s, records, NULL, x, y, TOKENS, TZ_FLOAT32, 0, 3);
+    tz_shape *s = tz_table_shape(0, SIZE, SIZE, SIZE, 8);
+    for (int i = 0; i < 3; i++) tz_table_linear(s, records, NULL, x, y, TOKENS, TZ_FLOAT32, 0, 3);
     tz_free_shape(s);
     free(records), free(x), free(y);
     return NULL;

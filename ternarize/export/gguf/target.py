@@ -2,8 +2,8 @@
 
 Rows that are no whole blocks of the wanted type are written in the next type that holds them exactly, as `FALLBACKS`
 lists them; a GGUF file may mix types, and llama.cpp's own quantizer does. Where not one linear fits, the model is
-refused. Everything else is stored exactly: int8 tables as Q8_0, with the same codes and scales, where their groups are
-multiples of its blocks; other matrices in the smallest of F16, BF16 and F32 that holds them; vectors in F32.
+refused. Everything else is stored exactly: int8 and int6 tables as Q8_0, with the same codes and scales, where their
+groups are multiples of its blocks; other matrices in the smallest of F16, BF16 and F32 that holds them; vectors in F32.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _parts(folder: TernaryFolder, names: dict[str, str], plan: dict[str, BlockTy
         if linear in plan:
             kind, shape = plan[linear], folder.linears[linear]
             read = _linear_reader(folder, linear, kind)
-        elif ours in folder.int8 and _as_q8_0(folder, ours):
+        elif ours in folder.tables and _as_q8_0(folder, ours):
             kind, shape, read = Q8_0, folder.shape(ours), _table_reader(folder, ours)
         else:
             kind, shape = _float_type(folder, ours), folder.shape(ours)
@@ -217,7 +217,7 @@ def _linear_reader(folder: TernaryFolder, name: str, kind: BlockType) -> Callabl
 
 def _table_reader(folder: TernaryFolder, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        codes, scale = folder.int8_codes(name)
+        codes, scale = folder.table_codes(name)
         rows, columns = codes.shape
         scale = expand_groups(scale, columns // Q8_0.width, folder.layout.int8_group_size // Q8_0.width)
         blocks = [scale.contiguous().view(torch.uint8).view(rows, -1, 2), codes.view(torch.uint8).view(rows, -1, 32)]

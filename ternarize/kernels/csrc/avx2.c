@@ -107,16 +107,38 @@ typedef ivec int8s;
 static inline int8s load_int8(const int8_t *weights) {
     return (int8s){_mm256_loadu_si256((const __m256i *)weights), _mm256_loadu_si256((const __m256i *)(weights + 32))};
 }
+typedef __m256i part;
 /* vpmaddubsw wants one side unsigned: |w|, and x with w's sign; 2 * 127 * 127 still fits 16 bits. */
 static inline __m256i dot_32(__m256i w, const int8_t *x) {
     const __m256i a = _mm256_loadu_si256((const __m256i *)x);
     return widen(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
 }
-static inline ivec dot_int8(int8s w, const int8_t *x) { return (ivec){dot_32(w.low, x), dot_32(w.high, x + 32)}; }
+static inline part dot_int8(int8s w, const int8_t *x) {
+    return _mm256_add_epi32(dot_32(w.low, x), dot_32(w.high, x + 32));
+}
+static inline quad load_six(const uint8_t *bytes) {
+    const __m256i low = _mm256_loadu_si256((const __m256i *)bytes), nibble = _mm256_set1_epi8(15);
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(bytes + LOW_BYTES)));
+    const __m256i left = _mm256_set_epi32(2, 2, 2, 2, 4, 4, 4, 4), right = _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0);
+    const __m256i upper = _mm256_set1_epi8(0x30);
+    return (quad){_mm256_or_si256(_mm256_and_si256(low, nibble),
+                                  _mm256_and_si256(_mm256_sllv_epi32(high, left), upper)),
+                  _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(low, 4), nibble),
+                                  _mm256_and_si256(_mm256_srlv_epi32(high, right), upper))};
+}
+/* 4 * 63 * 127 fits 16 bits. */
+static inline part dot_six(quad w, const int8_t *x, int32_t more) {
+    const __m256i low = _mm256_loadu_si256((const __m256i *)x), high = _mm256_loadu_si256((const __m256i *)(x + 32));
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, low), _mm256_maddubs_epi16(w.high, high));
+    return _mm256_add_epi32(_mm256_set1_epi32(4 * more), widen(pairs));
+}
+static inline fvec fma_part(fvec scale, part p, fvec sum) {
+    return (fvec){_mm256_fmadd_ps(scale.low, _mm256_cvtepi32_ps(p), sum.low), sum.high};
+}
 
 static inline fvec fma_int8(const int8_t *weights, const float *x) {
     fvec sum = f_set(0);
-    _Pragma("GCC unroll 4") for (int i = 0; i < INT8_PIECE; i += ROWS) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < TABLE_PIECE; i += ROWS) {
         const __m128i w = _mm_loadu_si128((const __m128i *)(weights + i));
         const ivec wide = {_mm256_cvtepi8_epi32(w), _mm256_cvtepi8_epi32(_mm_srli_si128(w, 8))};
         sum = f_fma(f_from(wide), (fvec){_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8)}, sum);

@@ -76,14 +76,26 @@ static inline int8s load_int8(const int8_t *weights) {
     const __m512i w = _mm512_loadu_si512(weights);
     return (int8s){_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
 }
-static inline ivec dot_int8(int8s w, const int8_t *x) {
+typedef __m512i part;
+static inline part dot_int8(int8s w, const int8_t *x) {
     const __m512i a = _mm512_loadu_si512(x), zero = _mm512_setzero_si512();
     return _mm512_dpbusd_epi32(zero, w.size, _mm512_mask_sub_epi8(a, w.negative, zero, a));
 }
 
+static inline quad load_six(const uint8_t *bytes) {
+    const __m256i all = _mm256_loadu_si256((const __m256i *)bytes);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(all), _mm256_srli_epi16(all, 4), 1);
+    const __m512i low = _mm512_and_si512(both, _mm512_set1_epi8(15));
+    return _mm512_or_si512(_mm512_slli_epi16(unpack_tail(bytes + LOW_BYTES), 4), low);
+}
+static inline part dot_six(quad w, const int8_t *x, int32_t more) {
+    return _mm512_dpbusd_epi32(_mm512_set1_epi32(2 * more), w, _mm512_loadu_si512(x));
+}
+static inline fvec fma_part(fvec scale, part p, fvec sum) { return f_fma(scale, f_from(p), sum); }
+
 static inline fvec fma_int8(const int8_t *weights, const float *x) {
     fvec sum = f_set(0);
-    _Pragma("GCC unroll 4") for (int i = 0; i < INT8_PIECE; i += ROWS) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < TABLE_PIECE; i += ROWS) {
         const __m512i w = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(weights + i)));
         sum = f_fma(f_from(w), _mm512_loadu_ps(x + i), sum);
     }

@@ -1,7 +1,5 @@
 /* What a block does between its linears, in float32. Included by tile.h, once for each path. */
 
-enum { TOGETHER = 4 };
-
 /* exp(x) to 2 ulp, without a call, so that loops become vector code. */
 static ALWAYS_INLINE float exp_of(float x) {
     x = x < -87.0f ? -87.0f : x;

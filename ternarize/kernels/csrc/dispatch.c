@@ -80,11 +80,14 @@ tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t grou
     return s;
 }
 
-tz_shape *tz_int8_shape(int path, int64_t rows, int64_t columns, int64_t group) {
-    tz_shape *s = make_shape(path, rows, columns, group, INT8_PIECE, INT8_PIECE);
+tz_shape *tz_table_shape(int path, int64_t rows, int64_t columns, int64_t group, int bits) {
+    tz_shape *s = make_shape(path, rows, columns, group, TABLE_PIECE, TABLE_PIECE);
     if (!s) return NULL;
-    s->record_bytes = columns + s->groups * HALF_BYTES;
-    s->stride = INT8_PIECE;
+    s->bits = bits;
+    s->whole = columns % TABLE_PIECE == 0 && (group % TABLE_PIECE == 0 || s->groups == 1);
+    s->code_bytes = columns * bits / 8;
+    s->record_bytes = s->code_bytes + s->groups * HALF_BYTES;
+    s->stride = TABLE_PIECE;
     return s;
 }
 
@@ -122,7 +125,7 @@ static void multiply(void *context, int64_t first, int64_t last) {
             const int count = tz_tile(&p->tokens, token);
             float tile[TILE * ROWS];
             if (s->record_bytes)
-                p->kernels->int8(s, p->weights + row * s->record_bytes, rows, &p->tokens, token, tile);
+                p->kernels->table(s, p->weights + row * s->record_bytes, rows, &p->tokens, token, tile);
             else
                 p->kernels->ternary(s, p->weights + block * s->block_bytes, &p->tokens, token, tile);
             p->kernels->store(tile, p->bias ? p->bias + row : NULL, rows, count, s->rows,
@@ -164,7 +167,7 @@ int tz_ternary_linear(const tz_shape *s, const uint8_t *packed, const float *bia
     return linear(s, packed, bias, x, y, tokens, dtype, exact, threads);
 }
 
-int tz_int8_linear(const tz_shape *s, const uint8_t *records, const float *bias, const void *x, void *y,
-                   int64_t tokens, int dtype, int exact, int threads) {
+int tz_table_linear(const tz_shape *s, const uint8_t *records, const float *bias, const void *x, void *y,
+                    int64_t tokens, int dtype, int exact, int threads) {
     return linear(s, records, bias, x, y, tokens, dtype, exact, threads);
 }

@@ -27,8 +27,8 @@ typedef struct {
     /* One block of rows and the tile of tokens that begins with `first` -> y [count][16]. */
     void (*ternary)(const tz_shape *, const uint8_t *block, const tz_tokens *, int64_t first, float *y);
 
-    /* The same with up to 16 rows of an int8 table. */
-    void (*int8)(const tz_shape *, const uint8_t *records, int rows, const tz_tokens *, int64_t first, float *y);
+    /* The same with up to 16 rows of a table. */
+    void (*table)(const tz_shape *, const uint8_t *records, int rows, const tz_tokens *, int64_t first, float *y);
 
     /* y [count][16], of which `rows` count -> out [.., O] in `dtype`. */
     void (*store)(const float *y, const float *bias, int rows, int count, int64_t out_stride, void *out, int dtype);

@@ -1,6 +1,6 @@
 /* How weights and activations lie in memory. Shared by all paths.
  *
- * A row's groups are cut into pieces of at most 128 columns (64 in int8 tables). A piece has one scale and shift of the
+ * A row's groups are cut into pieces of at most 128 columns (64 in tables). A piece has one scale and shift of the
  * weight (its group's) and one scale of the activations; sums are exact integers inside it, floats between pieces.
  *
  * A ternary weight is a sequence of blocks of 16 rows (the last is filled up with rows of zeros). A block:
@@ -14,7 +14,13 @@
  *     scales   fp16 [16]
  *     shifts   fp16 [16], where there are any
  *
- * with code = trit + 1. Columns behind a piece's end meet activations that are 0. */
+ * with code = trit + 1. Columns behind a piece's end meet activations that are 0.
+ *
+ * A table's row is a record, the same as in the file: codes of 8 or 6 bits, then scales fp16 [G]. 64 columns in 6 bits,
+ * with code = weight + 32:
+ *
+ *   lows     32 bytes                       byte i holds the lower 4 bits of columns i and 32 + i
+ *   highs    16 bytes                       bits 2 f of byte i hold the upper 2 bits of column 16 f + i, as in a tail */
 #pragma once
 
 #include <stddef.h>
@@ -22,8 +28,8 @@
 
 #include "ternarize.h"
 
-enum { ROWS = 16, QUAD = 4, PIECE = 128, INT8_PIECE = 64, HEAD_SIZE = 512 };
-enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32 };
+enum { ROWS = 16, QUAD = 4, PIECE = 128, TABLE_PIECE = 64, HEAD_SIZE = 512 };
+enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32, LOW_BYTES = 32, SIX_BYTES = 48 };
 
 typedef struct {
     int64_t start;            /* first column */
@@ -40,7 +46,10 @@ struct tz_shape {
     int64_t width;            /* columns of a vector: 16 with 2 bits, 20 with five trits a byte */
     int64_t stride;           /* activations of a piece, with its filling */
     int64_t block_bytes;      /* of a ternary weight */
-    int64_t record_bytes;     /* of an int8 row */
+    int bits;                 /* of a table's codes: 8 or 6 */
+    int whole;                /* whether all pieces of a table have 64 columns */
+    int64_t code_bytes;       /* of a table's row */
+    int64_t record_bytes;     /* ... and its scales */
     tz_piece piece[];
 };
 

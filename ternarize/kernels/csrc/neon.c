@@ -97,9 +97,28 @@ static inline fvec fma_quad(fvec sum, quad q, const float *x) {
 
 typedef int8x16x4_t int8s;
 static inline int8s load_int8(const int8_t *weights) { return vld1q_s8_x4(weights); }
-static inline ivec dot_int8(int8s w, const int8_t *x) {
-    ivec sum = i_set(0);
-    EACH sum.val[i] = vdotq_s32(sum.val[i], w.val[i], vld1q_s8(x + 16 * i));
+typedef int32x4_t part;
+static inline part dot_int8(int8s w, const int8_t *x) {
+    part sum = vdupq_n_s32(0);
+    EACH sum = vdotq_s32(sum, w.val[i], vld1q_s8(x + 16 * i));
+    return sum;
+}
+
+static inline quad load_six(const uint8_t *bytes) {
+    const uint8x16_t first = vld1q_u8(bytes), second = vld1q_u8(bytes + 16), nibble = vdupq_n_u8(15);
+    const uint8x16_t low[4] = {vandq_u8(first, nibble), vandq_u8(second, nibble), vshrq_n_u8(first, 4),
+                               vshrq_n_u8(second, 4)};
+    quad out = unpack_tail(bytes + LOW_BYTES);
+    EACH out.val[i] = vorrq_s8(vshlq_n_s8(out.val[i], 4), vreinterpretq_s8_u8(low[i]));
+    return out;
+}
+static inline part dot_six(quad w, const int8_t *x, int32_t more) {
+    part sum = vdupq_n_s32(8 * more);
+    EACH sum = vdotq_s32(sum, w.val[i], vld1q_s8(x + 16 * i));
+    return sum;
+}
+static inline fvec fma_part(fvec scale, part p, fvec sum) {
+    sum.val[0] = vfmaq_f32(sum.val[0], scale.val[0], vcvtq_f32_s32(p));
     return sum;
 }
 

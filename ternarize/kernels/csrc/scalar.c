@@ -95,15 +95,31 @@ static inline fvec fma_quad(fvec sum, quad q, const float *x) {
 
 typedef const int8_t *int8s;
 static inline int8s load_int8(const int8_t *weights) { return weights; }
-static inline ivec dot_int8(int8s w, const int8_t *x) {
-    ivec sum = i_set(0);
-    for (int j = 0; j < INT8_PIECE; j += ROWS) EACH_LANE sum.lane[i] += w[j + i] * x[j + i];
+typedef ivec part;
+static inline part dot_int8(int8s w, const int8_t *x) {
+    part sum = i_set(0);
+    for (int j = 0; j < TABLE_PIECE; j += ROWS) EACH_LANE sum.lane[i] += w[j + i] * x[j + i];
     return sum;
 }
 
+static inline quad load_six(const uint8_t *bytes) {
+    quad out = unpack_tail(bytes + LOW_BYTES);
+    for (int i = 0; i < LOW_BYTES; i++) {
+        out.byte[i] = (uint8_t)(out.byte[i] << 4 | (bytes[i] & 15));
+        out.byte[LOW_BYTES + i] = (uint8_t)(out.byte[LOW_BYTES + i] << 4 | bytes[i] >> 4);
+    }
+    return out;
+}
+static inline part dot_six(quad w, const int8_t *x, int32_t more) {
+    part sum = i_set(2 * more);
+    for (int j = 0; j < TABLE_PIECE; j += ROWS) EACH_LANE sum.lane[i] += w.byte[j + i] * x[j + i];
+    return sum;
+}
+static inline fvec fma_part(fvec scale, part p, fvec sum) { return f_fma(scale, f_from(p), sum); }
+
 static inline fvec fma_int8(const int8_t *weights, const float *x) {
     fvec sum = f_set(0);
-    for (int j = 0; j < INT8_PIECE; j += ROWS) EACH_LANE sum.lane[i] += (float)weights[j + i] * x[j + i];
+    for (int j = 0; j < TABLE_PIECE; j += ROWS) EACH_LANE sum.lane[i] += (float)weights[j + i] * x[j + i];
     return sum;
 }
 

@@ -13,7 +13,7 @@ extern "C" {
 #define TZ_API __attribute__((visibility("default")))
 
 /* Counts up whenever a signature here changes; the Python side refuses another one. */
-#define TZ_ABI 3
+#define TZ_ABI 4
 
 enum tz_dtype { TZ_FLOAT32 = 0, TZ_BFLOAT16 = 1, TZ_FLOAT16 = 2 };
 
@@ -38,7 +38,7 @@ TZ_API void tz_set_team(tz_team team);
 /* A weight's shape, as one path lays it out. `columns` is I, `group` is S (the last group may be short).
  * NULL where there is no memory; free with tz_free_shape. */
 TZ_API tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t group, int has_shift);
-TZ_API tz_shape *tz_int8_shape(int path, int64_t rows, int64_t columns, int64_t group);
+TZ_API tz_shape *tz_table_shape(int path, int64_t rows, int64_t columns, int64_t group, int bits);
 TZ_API void tz_free_shape(tz_shape *shape);
 
 /* Bytes of a ternary weight as tz_pack_ternary writes it; the memory starts at a multiple of 64. */
@@ -55,9 +55,10 @@ TZ_API void tz_pack_ternary(const tz_shape *shape, const uint8_t *trits, const u
 TZ_API int tz_ternary_linear(const tz_shape *shape, const uint8_t *packed, const float *bias, const void *x, void *y,
                              int64_t tokens, int dtype, int exact, int threads);
 
-/* The same with a table of int8 records, uint8 [O, I + 2 G], as in the file: codes, then fp16 scales. */
-TZ_API int tz_int8_linear(const tz_shape *shape, const uint8_t *records, const float *bias, const void *x, void *y,
-                          int64_t tokens, int dtype, int exact, int threads);
+/* The same with a table of records, as in the file: codes, then fp16 scales. uint8 [O, I + 2 G] with 8 bits, and
+ * [O, 3 I / 4 + 2 G] with 6, where I and S are multiples of 64 (or S is I). */
+TZ_API int tz_table_linear(const tz_shape *shape, const uint8_t *records, const float *bias, const void *x, void *y,
+                           int64_t tokens, int dtype, int exact, int threads);
 
 /* -- all blocks of a decoder, one token ---------------------------------------------------------------------------
  *

@@ -11,8 +11,12 @@
  *   dot_quad(sum, quad, x)                 ... with 4
  *   fma_quad(sum, quad, x)                 ... of trits with 4 floats
  *   int8s, load_int8(weights)   64 int8 weights
- *   dot_int8(int8s, x)          64 products with int8 activations, summed in any way into 16 lanes
- *   fma_int8(weights, x)        64 products with float activations, likewise
+ *   load_six(bytes)             48 bytes -> quad: 64 codes of 6 bits, in order
+ *   part                        int32 lanes, as many as suit the path
+ *   dot_int8(int8s, x)          64 products with int8 activations, summed in any way -> part
+ *   dot_six(quad, x, more)      the same of codes of 6 bits, and 32 times `more`
+ *   fma_part(scale, part, sum)  add the lanes times scale
+ *   fma_int8(weights, x)        64 products with float activations, summed in any way into 16 lanes
  *   i_/f_ functions whose names say what they do
  */
 #include "floats.h"
@@ -33,7 +37,7 @@ static inline ivec join(const ivec *sums, int chains) {
 }
 #endif
 
-enum { LANES = 16, CACHE_LINE = 64, AHEAD = 6144 };
+enum { LANES = 16, CACHE_LINE = 64, AHEAD = 6144, TOGETHER = 4 };
 
 /* -- activations ------------------------------------------------------------------------------------------------ */
 
@@ -180,41 +184,90 @@ static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, cons
     UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
 }
 
-/* -- int8 tables ------------------------------------------------------------------------------------------------ */
+/* -- tables ------------------------------------------------------------------------------------------------------ */
+
+enum { SIX_BIAS = 32 };                                        /* of codes of 6 bits */
 
 /* A piece's weights, filled up with zeros to 64: nothing behind a table's end is read. */
 static ALWAYS_INLINE const int8_t *whole_vector(const int8_t *weights, int columns, int8_t *room) {
-    if (columns == INT8_PIECE) return weights;
-    memset(room, 0, INT8_PIECE);
+    if (columns == TABLE_PIECE) return weights;
+    memset(room, 0, TABLE_PIECE);
     memcpy(room, weights, (size_t)columns);
     return room;
 }
 
-static ALWAYS_INLINE void int8_row(const int count, const int exact, const tz_shape *s, const uint8_t *record,
-                                   const tz_tokens *t, int64_t first, float *y) {
+/* 48 bytes -> 64 weights. */
+static ALWAYS_INLINE void read_six(const uint8_t *restrict bytes, int8_t *restrict out) {
+    for (int i = 0; i < LOW_BYTES; i++) {
+        out[i] = bytes[i] & 15;
+        out[LOW_BYTES + i] = (int8_t)(bytes[i] >> 4);
+    }
+    for (int f = 0; f < TABLE_PIECE / TAIL_BYTES; f++)
+        for (int i = 0; i < TAIL_BYTES; i++) {
+            const int high = bytes[LOW_BYTES + i] >> 2 * f & 3;
+            out[TAIL_BYTES * f + i] = (int8_t)((out[TAIL_BYTES * f + i] | high << 4) - SIX_BIAS);
+        }
+}
+
+static ALWAYS_INLINE void table_exact(const int count, const tz_shape *s, const tz_piece *piece, const uint8_t *codes,
+                                      fvec scale, const float *x, fvec *out) {
+    int8_t room[TABLE_PIECE];
+    const int8_t *weights = room;
+    if (s->bits == 6)
+        read_six(codes, room);
+    else
+        weights = whole_vector((const int8_t *)codes, piece->columns, room);
+    UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(scale, fma_int8(weights, x + m * TABLE_PIECE), out[m]);
+}
+
+/* One piece of a row and of a token. */
+static ALWAYS_INLINE fvec table_int8(const int six, const uint8_t *codes, int columns, fvec scale, const int8_t *x,
+                                     int32_t minus_sum, fvec out) {
+    int8_t room[TABLE_PIECE];
+    if (six) return fma_part(scale, dot_six(load_six(codes), x, minus_sum), out);
+    return fma_part(scale, dot_int8(load_int8(whole_vector((const int8_t *)codes, columns, room)), x), out);
+}
+
+static ALWAYS_INLINE void table_row(const int count, const int exact, const tz_shape *s, const uint8_t *record,
+                                    const tz_tokens *t, int64_t first, float *y) {
+    const int six = s->bits == 6;
+    const uint8_t *codes = record;
     fvec out[TILE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
-    for (int64_t p = 0; p < s->pieces; p++) {
+    for (int64_t p = 0; p < s->pieces; p++, codes += six ? SIX_BYTES : TABLE_PIECE) {
         const tz_piece *piece = &s->piece[p];
         const int64_t at = tz_place(s, first, count, p);
-        int8_t room[INT8_PIECE];
-        const int8_t *weights = whole_vector((const int8_t *)record + piece->start, piece->columns, room);
-        const fvec scale = f_set(half_scalar(record + s->columns + piece->group * HALF_BYTES));
-        prefetch(record + piece->start, INT8_PIECE);
-        if (exact) {
-            const float *x = t->values + at * INT8_PIECE;
+        const fvec scale = f_set(half_scalar(record + s->code_bytes + piece->group * HALF_BYTES));
+        if (!six) codes = record + piece->start;
+        prefetch(codes, TABLE_PIECE);
+        if (exact)
+            table_exact(count, s, piece, codes, scale, t->values + at * TABLE_PIECE, out);
+        else
             UNROLL for (int m = 0; m < count; m++)
-                out[m] = f_fma(scale, fma_int8(weights, x + m * INT8_PIECE), out[m]);
-        } else {
-            const int8_t *x = t->codes + at * INT8_PIECE;
-            const int8s w = load_int8(weights);
-            UNROLL for (int m = 0; m < count; m++) {
-                const fvec both = f_mul(scale, f_set(t->scale[at + m]));
-                out[m] = f_fma(both, f_from(dot_int8(w, x + m * INT8_PIECE)), out[m]);
-            }
-        }
+                out[m] = table_int8(six, codes, piece->columns, f_mul(scale, f_set(t->scale[at + m])),
+                                    t->codes + (at + m) * TABLE_PIECE, t->minus_sum[at + m], out[m]);
     }
     UNROLL for (int m = 0; m < count; m++) y[m * ROWS] = f_sum(out[m]);
+}
+
+/* TOGETHER rows and one token with int8 activations, which are read once for all; all pieces have 64 columns. */
+static ALWAYS_INLINE void table_rows(const int six, const tz_shape *s, const uint8_t *records, const tz_tokens *t,
+                                     int64_t first, float *y) {
+    const int64_t size = s->record_bytes, places = first * s->pieces;
+    const int8_t *x = t->codes + places * TABLE_PIECE;
+    const uint8_t *codes = records;
+    fvec out[TOGETHER];
+    UNROLL for (int r = 0; r < TOGETHER; r++) out[r] = f_set(0);
+    for (int64_t p = 0; p < s->pieces; p++, x += TABLE_PIECE, codes += six ? SIX_BYTES : TABLE_PIECE) {
+        const uint8_t *halves = records + s->code_bytes + s->piece[p].group * HALF_BYTES;
+        const float scale = t->scale[places + p];
+        UNROLL for (int r = 0; r < TOGETHER; r++) {
+            prefetch(codes + r * size, TABLE_PIECE);
+            out[r] = table_int8(six, codes + r * size, TABLE_PIECE, f_set(half_scalar(halves + r * size) * scale), x,
+                                t->minus_sum[places + p], out[r]);
+        }
+    }
+    UNROLL for (int r = 0; r < TOGETHER; r++) y[r] = f_sum(out[r]);
 }
 
 /* -- one function for each number of tokens, so that all sums stay in registers; or one for all (ANY_COUNT) -------- */
@@ -247,11 +300,20 @@ static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t,
 #undef INT8
 }
 
-static void int8(const tz_shape *s, const uint8_t *records, int rows, const tz_tokens *t, int64_t first, float *y) {
+static void table(const tz_shape *s, const uint8_t *records, int rows, const tz_tokens *t, int64_t first, float *y) {
     const int count = tz_tile(t, first);
-#define EXACT(n) int8_row(n, 1, s, records + r * s->record_bytes, t, first, y + r)
-#define INT8(n) int8_row(n, 0, s, records + r * s->record_bytes, t, first, y + r)
-    for (int r = 0; r < rows; r++) {
+#define EXACT(n) table_row(n, 1, s, records + r * s->record_bytes, t, first, y + r)
+#define INT8(n) table_row(n, 0, s, records + r * s->record_bytes, t, first, y + r)
+    int r = 0;
+    if (count == 1 && !t->exact && s->whole)
+        for (; r + TOGETHER <= rows; r += TOGETHER) {
+            const uint8_t *some = records + r * s->record_bytes;
+            if (s->bits == 6)
+                table_rows(1, s, some, t, first, y + r);
+            else
+                table_rows(0, s, some, t, first, y + r);
+        }
+    for (; r < rows; r++) {
         if (t->exact)
             EACH_COUNT(EXACT)
         else
@@ -279,4 +341,4 @@ static void store(const float *y, const float *bias, int rows, int count, int64_
 
 #include "block.h"
 
-#define KERNELS(path, five) {path, five, prepare, ternary, int8, store, normalize, rotate, attend, gate}
+#define KERNELS(path, five) {path, five, prepare, ternary, table, store, normalize, rotate, attend, gate}

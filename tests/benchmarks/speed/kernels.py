@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ternarize.kernels import cpu
-from ternarize.packing import pack_trits, quantize_int8
+from ternarize.packing import pack_trits, quantize_table
 
+TABLE_GROUP = 64
 CYCLED = 96 << 20  # bytes of weights of one contender
 
 Call = Callable[[Tensor, int], object]  # activations and the number of the matrix
@@ -52,13 +53,19 @@ def ternary_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call]
     return found
 
 
-def int8_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call], int]]:
-    """The int8 table of the path in use."""
-    records = quantize_int8(torch.randn(size, size), group_size)
-    tables = [records.clone() for _ in range(CYCLED // records.numel())]
-    calls: list[Call] = [lambda x, _, r=r: cpu.int8_linear(x, r, None, group_size, False) for r in tables]  # type: ignore[misc]
+def table_contenders(size: int) -> dict[str, tuple[list[Call], int]]:
+    """Tables of the path in use, with the groups that recipes give them."""
     path = cpu.native()
-    return {} if path is None else {f"int8 table, {path.name}": (calls, records.numel())}
+    found: dict[str, tuple[list[Call], int]] = {}
+    for bits in () if path is None else (8, 6):
+        records = quantize_table(torch.randn(size, size), TABLE_GROUP, bits)
+        tables = [records.clone() for _ in range(CYCLED // records.numel())]
+        calls: list[Call] = [
+            lambda x, _, r=r, b=bits: cpu.table_linear(x, r, None, TABLE_GROUP, b, False)  # type: ignore[misc]
+            for r in tables
+        ]
+        found[f"int{bits} table, {path.name}"] = calls, records.numel()
+    return found
 
 
 def torch_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call], int]]:
@@ -97,9 +104,7 @@ def read_bandwidth(buffer: Tensor) -> float:
 
 def measure(size: int, group_size: int, tokens: int, rounds: int, budget: float) -> list[dict[str, object]]:
     """One row per contender, medians over the rounds."""
-    contenders = (
-        ternary_contenders(size, group_size) | int8_contenders(size, group_size) | torch_contenders(size, group_size)
-    )
+    contenders = ternary_contenders(size, group_size) | table_contenders(size) | torch_contenders(size, group_size)
     one, many = torch.randn(1, size), torch.randn(tokens, size)
     buffer = torch.ones(CYCLED // 4)
     decode: dict[str, list[float]] = {name: [] for name in contenders}

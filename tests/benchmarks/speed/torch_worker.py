@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from transformers import AutoModelForCausalLM
 
-from ternarize.runtime import Int8Head, TernaryLinear, TiedInt8Head
+from ternarize.runtime import TableHead, TernaryLinear, TiedTableHead
 from ternarize.speed import timed_generate, torch_threads
 
 from .serve import Facts, Times, prompt_ids, serve
@@ -65,7 +65,7 @@ def weights(module: nn.Module) -> tuple[str, list[Tensor]]:
         return "ternary", [value for name, value in held.items() if isinstance(value, Tensor) and name != "bias"]
     if isinstance(module, DynamicLinear):
         return "int8", [module.weight()]
-    if isinstance(module, (Int8Head, TiedInt8Head)):
+    if isinstance(module, (TableHead, TiedTableHead)):
         return "int8", [module.weight]
     return (str(module.weight.dtype).partition(".")[2], [module.weight]) if isinstance(module, nn.Linear) else ("", [])
 
