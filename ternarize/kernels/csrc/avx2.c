@@ -1,5 +1,6 @@
-/* AVX2 with FMA and F16C: 2-bit codes; products of pairs in 16 bits, at most 4 pairs of 2 * 127 * 2 before widening. */
+/* AVX2 with FMA and F16C: 2-bit codes, products of pairs in 16 bits. */
 #define FIELDS 4
+#define AT_ONCE 4
 #include <immintrin.h>
 
 #include "layout.h"
@@ -11,14 +12,9 @@ typedef struct {
     __m256 low, high;
 } fvec;
 typedef ivec quad;
-typedef struct {
-    quad field[FIELDS];
-} codes;
+typedef ivec codes;
 
 static inline ivec i_set(int32_t value) { return (ivec){_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
-static inline ivec i_add(ivec a, ivec b) {
-    return (ivec){_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
-}
 static inline fvec f_set(float value) { return (fvec){_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 static inline fvec f_from(ivec a) { return (fvec){_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 static inline fvec f_mul(fvec a, fvec b) {
@@ -45,14 +41,15 @@ static inline fvec f_halves(const uint8_t *halves) {
                   _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + 16)))};
 }
 
-static inline codes unpack(const uint8_t *bytes, int chains) {
-    (void)chains;
+static inline codes unpack(const uint8_t *bytes) {
+    return (codes){_mm256_loadu_si256((const __m256i *)bytes), _mm256_loadu_si256((const __m256i *)(bytes + 32))};
+}
+
+static inline quad field(codes c, int f, int chains) {
     const __m256i mask = _mm256_set1_epi8(3);
-    const __m256i low = _mm256_loadu_si256((const __m256i *)bytes);
-    const __m256i high = _mm256_loadu_si256((const __m256i *)(bytes + 32));
-#define BITS(n) {_mm256_and_si256(_mm256_srli_epi16(low, n), mask), _mm256_and_si256(_mm256_srli_epi16(high, n), mask)}
-    return (codes){{BITS(0), BITS(2), BITS(4), BITS(6)}};
-#undef BITS
+    (void)chains;
+    return (quad){_mm256_and_si256(_mm256_srli_epi16(c.low, 2 * f), mask),
+                  _mm256_and_si256(_mm256_srli_epi16(c.high, 2 * f), mask)};
 }
 
 /* Bits 2 f of the 16 bytes belong to rows 4 f .. 4 f + 3: one 128-bit lane each. */
@@ -71,21 +68,22 @@ static inline __m256i four(const int8_t *x) {
 
 static inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
-    const __m256i a = four(x);
-    return i_add(sum, (ivec){widen(_mm256_maddubs_epi16(q.low, a)), widen(_mm256_maddubs_epi16(q.high, a))});
+/* Sums of pairs stay in 16 bits for a whole piece: 32 quads of at most 2 * 2 * 127, and its codes' sum of 128 * 127,
+ * which the lower half of each pair begins with. */
+#define CHAINS(tokens) 1
+static inline ivec start(int32_t minus_sum) { return i_set(minus_sum & 0xffff); }
+static inline ivec join(const ivec *sums, int chains) {
+    (void)chains;
+    return (ivec){widen(sums->low), widen(sums->high)};
 }
 
-static inline __attribute__((always_inline)) void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
-    __m256i a = four(x);
-    __m256i low = _mm256_maddubs_epi16(c->field[0].low, a), high = _mm256_maddubs_epi16(c->field[0].high, a);
-    _Pragma("GCC unroll 4") for (int f = 1; f < FIELDS; f++) {
-        a = four(x + QUAD * f);
-        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(c->field[f].low, a));
-        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(c->field[f].high, a));
-    }
-    (void)chains;
-    *sums = i_add(*sums, (ivec){widen(low), widen(high)});
+/* Added at once: compilers would rather keep many products and add them later, for which there are no registers. */
+static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
+    const __m256i a = four(x);
+    sum.low = _mm256_add_epi16(sum.low, _mm256_maddubs_epi16(q.low, a));
+    sum.high = _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(q.high, a));
+    __asm__ volatile("" : "+x"(sum.low), "+x"(sum.high));
+    return sum;
 }
 
 /* A lane's lowest three bits are a code and a zero, which vpermps looks up. */

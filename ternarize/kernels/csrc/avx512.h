@@ -6,9 +6,6 @@
 typedef __m512i ivec;
 typedef __m512 fvec;
 typedef __m512i quad;
-typedef struct {
-    quad field[FIELDS];
-} codes;
 
 /* vpdpbusd takes four cycles or more, so that few tokens need several sums. With four, field f stays where it is in
  * its byte, 4^f times as large, and its sum is divided: exact, and three shifts fewer a vector. */
@@ -35,20 +32,17 @@ static inline ivec four(const int8_t *x) {
 
 static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) { return _mm512_dpbusd_epi32(sum, q, four(x)); }
 
-static inline __m512i field(__m512i all, int f, int chains) {
+static inline quad two_bits(__m512i all, int f, int chains) {
     if (chains == 4) return _mm512_and_si512(all, _mm512_set1_epi8((char)(3 << 2 * f)));
     return _mm512_and_si512(_mm512_srli_epi16(all, 2 * f), _mm512_set1_epi8(3));
 }
+
+static inline ivec start(int32_t minus_sum) { return _mm512_set1_epi32(minus_sum); }
 
 static inline ivec join(const ivec *sums, int chains) {
     ivec sum = sums[0];
     for (int c = 1; c < chains; c++) sum = i_add(sum, _mm512_srai_epi32(sums[c], 2 * c));
     return sum;
-}
-
-static inline __attribute__((always_inline)) void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
-    _Pragma("GCC unroll 5") for (int f = 0; f < FIELDS; f++)
-        sums[f % chains] = dot_quad(sums[f % chains], c->field[f], x + QUAD * f);
 }
 
 /* Bits 2 f of the 16 bytes belong to rows 4 f .. 4 f + 3: one 128-bit lane each. */

@@ -9,7 +9,11 @@
 static const uint8_t DIGITS[128] __attribute__((aligned(64))) = {D9(0),  D9(9),  D9(18), D9(27), D9(36),
                                                                 D9(45), D9(54), D9(63), D9(72)};
 
-static inline codes unpack(const uint8_t *bytes, int chains) {
+typedef struct {
+    __m512i low, high;        /* four digits, two bits each; the fifth */
+} codes;
+
+static inline codes unpack(const uint8_t *bytes) {
     const __m512i all = _mm512_loadu_si512(bytes), one = _mm512_set1_epi8(1);
     const __m512i step = _mm512_set1_epi8(81), twice = _mm512_set1_epi8((char)162);
     const __mmask64 some = _mm512_cmpge_epu8_mask(all, step), two = _mm512_cmpge_epu8_mask(all, twice);
@@ -17,14 +21,10 @@ static inline codes unpack(const uint8_t *bytes, int chains) {
     rest = _mm512_mask_sub_epi8(rest, two, rest, step);
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(DIGITS), rest, _mm512_load_si512(DIGITS + 64));
     const __m512i high = _mm512_maskz_mov_epi8(some, one);
-    return (codes){{
-        field(low, 0, chains),
-        field(low, 1, chains),
-        field(low, 2, chains),
-        field(low, 3, chains),
-        _mm512_mask_add_epi8(high, two, high, one),
-    }};
+    return (codes){low, _mm512_mask_add_epi8(high, two, high, one)};
 }
+
+static inline quad field(codes c, int f, int chains) { return f == 4 ? c.high : two_bits(c.low, f, chains); }
 
 #include "tile.h"
 

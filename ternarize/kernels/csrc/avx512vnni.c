@@ -2,10 +2,9 @@
 #define FIELDS 4
 #include "avx512.h"
 
-static inline codes unpack(const uint8_t *bytes, int chains) {
-    const __m512i all = _mm512_loadu_si512(bytes);
-    return (codes){{field(all, 0, chains), field(all, 1, chains), field(all, 2, chains), field(all, 3, chains)}};
-}
+typedef __m512i codes;
+static inline codes unpack(const uint8_t *bytes) { return _mm512_loadu_si512(bytes); }
+static inline quad field(codes c, int f, int chains) { return two_bits(c, f, chains); }
 
 #include "tile.h"
 

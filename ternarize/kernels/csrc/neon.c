@@ -8,9 +8,7 @@
 typedef int32x4x4_t ivec;
 typedef float32x4x4_t fvec;
 typedef int8x16x4_t quad;
-typedef struct {
-    quad field[FIELDS];
-} codes;
+typedef uint8x16x4_t codes;
 
 #define EACH _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
 
@@ -52,16 +50,12 @@ static inline fvec f_halves(const uint8_t *halves) {
 
 static inline int8x16_t two_bits(uint8x16_t bytes) { return vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(3))); }
 
-static inline codes unpack(const uint8_t *bytes, int chains) {
+static inline codes unpack(const uint8_t *bytes) { return vld1q_u8_x4(bytes); }
+
+static inline quad field(codes c, int f, int chains) {
     (void)chains;
-    codes out;
-    EACH {
-        const uint8x16_t all = vld1q_u8(bytes + 16 * i);
-        out.field[0].val[i] = two_bits(all);
-        out.field[1].val[i] = two_bits(vshrq_n_u8(all, 2));
-        out.field[2].val[i] = two_bits(vshrq_n_u8(all, 4));
-        out.field[3].val[i] = two_bits(vshrq_n_u8(all, 6));
-    }
+    quad out;
+    EACH out.val[i] = two_bits(vshlq_u8(c.val[i], vdupq_n_s8((int8_t)(-2 * f))));
     return out;
 }
 
@@ -77,11 +71,6 @@ static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
     const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(bits));
     EACH sum.val[i] = vdotq_s32(sum.val[i], q.val[i], a);
     return sum;
-}
-
-static inline __attribute__((always_inline)) void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
-    (void)chains;
-    _Pragma("GCC unroll 4") for (int f = 0; f < FIELDS; f++) *sums = dot_quad(*sums, c->field[f], x + QUAD * f);
 }
 
 static inline float32x4_t trits_of(int8x16_t q, int column) {

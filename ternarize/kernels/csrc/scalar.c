@@ -12,9 +12,7 @@ typedef struct {
 typedef struct {
     uint8_t byte[VECTOR_BYTES];
 } quad;
-typedef struct {
-    quad field[FIELDS];
-} codes;
+typedef quad codes;
 
 #undef ANY_COUNT
 #define ANY_COUNT 1
@@ -64,12 +62,16 @@ static inline fvec f_halves(const uint8_t *halves) {
     return out;
 }
 
-static inline codes unpack(const uint8_t *bytes, int chains) {
-    (void)chains;
+static inline codes unpack(const uint8_t *bytes) {
     codes out;
-    for (int f = 0; f < FIELDS; f++)
-        for (int i = 0; i < VECTOR_BYTES; i++) out.field[f].byte[i] = bytes[i] >> 2 * f & 3;
+    memcpy(out.byte, bytes, VECTOR_BYTES);
     return out;
+}
+
+static inline quad field(codes c, int f, int chains) {
+    (void)chains;
+    for (int i = 0; i < VECTOR_BYTES; i++) c.byte[i] = c.byte[i] >> 2 * f & 3;
+    return c;
 }
 
 static inline quad unpack_tail(const uint8_t *bytes) {
@@ -81,11 +83,6 @@ static inline quad unpack_tail(const uint8_t *bytes) {
 static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
     EACH_LANE for (int j = 0; j < QUAD; j++) sum.lane[i] += q.byte[QUAD * i + j] * x[j];
     return sum;
-}
-
-static inline void dot_codes(ivec *sums, int chains, const codes *c, const int8_t *x) {
-    (void)chains;
-    for (int f = 0; f < FIELDS; f++) *sums = dot_quad(*sums, c->field[f], x + QUAD * f);
 }
 
 static inline fvec fma_quad(fvec sum, quad q, const float *x) {

@@ -2,14 +2,16 @@
  *
  *   ivec, fvec                  16 lanes of int32 and of float
  *   quad                        64 bytes: 4 columns of 16 rows, one code 0..2 a byte
- *   codes                       the FIELDS quads of one vector
+ *   codes                       a vector, as far unpacked as its FIELDS quads share the work
+ *   AT_ONCE                     tokens of a tile whose sums a path has registers for, 4 or 8; 8 if undefined
  *   CHAINS(tokens)              into how many sums a path adds, where one would have to wait for itself; 1 if undefined
- *   unpack(bytes, chains)       64 bytes -> codes; with several chains a path may leave them multiplied by
- *   join(sums, chains)          ... what this divides by: one sum of several; comes with CHAINS
+ *   unpack(bytes)               64 bytes -> codes
+ *   field(codes, f, chains)     one of its quads; with several chains a path may leave it multiplied by
+ *   join(sums, chains)          ... what this divides by: one sum of several; comes with CHAINS, as does
+ *   start(minus_sum)            ... what a piece's first sum begins with, in the form that join takes
  *   unpack_tail(bytes)          16 bytes -> quad
- *   dot_codes(sums, chains, codes *, x)    add the products with 4 FIELDS int8 activations
- *   dot_quad(sum, quad, x)                 ... with 4
- *   fma_quad(sum, quad, x)                 ... of trits with 4 floats
+ *   dot_quad(sum, quad, x)      add the products with 4 int8 activations
+ *   fma_quad(sum, quad, x)      ... of trits with 4 floats
  *   int8s, load_int8(weights)   64 int8 weights
  *   load_six(bytes)             48 bytes -> quad: 64 codes of 6 bits, in order
  *   part                        int32 lanes, as many as suit the path
@@ -29,8 +31,12 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
+#ifndef AT_ONCE
+#define AT_ONCE 8
+#endif
 #ifndef CHAINS
 #define CHAINS(tokens) 1
+static inline ivec start(int32_t minus_sum) { return i_set(minus_sum); }
 static inline ivec join(const ivec *sums, int chains) {
     (void)chains;
     return *sums;
@@ -127,30 +133,34 @@ static ALWAYS_INLINE const uint8_t *add_levels(const int count, const tz_shape *
     return w;
 }
 
+/* `count` tokens, whose first place is `at`, of a tile of `tile`. */
 static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
-                                       int64_t first, float *y) {
+                                       int64_t at, int tile, float *y) {
     const int chains = CHAINS(count);
     const int64_t stride = s->stride;
-    fvec out[TILE];
+    fvec out[AT_ONCE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
-    for (int64_t p = 0; p < s->pieces; p++) {
-        const int64_t at = tz_place(s, first, count, p);
+    for (int64_t p = 0; p < s->pieces; p++, at += tile) {
         const int8_t *x = t->codes + at * stride;
         prefetch(w, s->piece[p].bytes);
-        ivec dot[TILE][4];
+        ivec dot[AT_ONCE][4];
         UNROLL for (int m = 0; m < count; m++) {
-            dot[m][0] = i_set(t->minus_sum[at + m]);        /* codes are trits + 1 */
+            dot[m][0] = start(t->minus_sum[at + m]);        /* codes are trits + 1 */
             UNROLL for (int c = 1; c < chains; c++) dot[m][c] = i_set(0);
         }
-        for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES, x += QUAD * FIELDS) {
-            const codes c = unpack(w, chains);
-            UNROLL for (int m = 0; m < count; m++) dot_codes(dot[m], chains, &c, x + m * stride);
+        for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
+            const codes c = unpack(w);
+            UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD) {
+                const quad q = field(c, f, chains);
+                UNROLL for (int m = 0; m < count; m++)
+                    dot[m][f % chains] = dot_quad(dot[m][f % chains], q, x + m * stride);
+            }
         }
         for (int v = s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
             const quad q = unpack_tail(w);
             UNROLL for (int m = 0; m < count; m++) dot[m][0] = dot_quad(dot[m][0], q, x + m * stride);
         }
-        fvec sum[TILE];
+        fvec sum[AT_ONCE];
         UNROLL for (int m = 0; m < count; m++)
             sum[m] = f_mul(f_from(join(dot[m], chains)), f_set(t->scale[at + m]));
         w = add_levels(count, s, w, sum, t->sum + at, out);
@@ -159,21 +169,21 @@ static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const
 }
 
 static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
-                                        int64_t first, float *y) {
+                                        int64_t at, int tile, float *y) {
     const int64_t stride = s->stride;
-    fvec out[TILE];
+    fvec out[AT_ONCE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
-    for (int64_t p = 0; p < s->pieces; p++) {
-        const int64_t at = tz_place(s, first, count, p);
+    for (int64_t p = 0; p < s->pieces; p++, at += tile) {
         const float *x = t->values + at * stride;
         prefetch(w, s->piece[p].bytes);
-        fvec sum[TILE];
+        fvec sum[AT_ONCE];
         UNROLL for (int m = 0; m < count; m++) sum[m] = f_set(0);
         for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
-            const codes c = unpack(w, 1);
-            UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD)
-                UNROLL for (int m = 0; m < count; m++)
-                    sum[m] = fma_quad(sum[m], c.field[f], x + m * stride);
+            const codes c = unpack(w);
+            UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD) {
+                const quad q = field(c, f, 1);
+                UNROLL for (int m = 0; m < count; m++) sum[m] = fma_quad(sum[m], q, x + m * stride);
+            }
         }
         for (int v = s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
             const quad q = unpack_tail(w);
@@ -273,31 +283,45 @@ static ALWAYS_INLINE void table_rows(const int six, const tz_shape *s, const uin
 /* -- one function for each number of tokens, so that all sums stay in registers; or one for all (ANY_COUNT) -------- */
 
 #if ANY_COUNT
-#define EACH_COUNT(call) call(count);
+#define UP_TO_4(call) call(count);
+#define UP_TO_8(call) call(count);
 #else
-#define EACH_COUNT(call)        \
+#define UP_TO_4(call)           \
     switch (count) {            \
         case 1: call(1); break; \
         case 2: call(2); break; \
         case 3: call(3); break; \
-        case 4: call(4); break; \
+        default: call(4);       \
+    }
+#define UP_TO_8(call)           \
+    switch (count) {            \
         case 5: call(5); break; \
         case 6: call(6); break; \
         case 7: call(7); break; \
-        default: call(8);       \
+        case 8: call(8); break; \
+        default: UP_TO_4(call)  \
     }
+#endif
+#if AT_ONCE == 4
+#define UP_TO_AT_ONCE UP_TO_4
+#else
+#define UP_TO_AT_ONCE UP_TO_8
 #endif
 
 static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t, int64_t first, float *y) {
-    const int count = tz_tile(t, first);
-#define EXACT(n) ternary_exact(n, s, block, t, first, y)
-#define INT8(n) ternary_int8(n, s, block, t, first, y)
-    if (t->exact)
-        EACH_COUNT(EXACT)
-    else
-        EACH_COUNT(INT8)
+    const int tile = tz_tile(t, first);
+    for (int m = 0; m < tile; m += AT_ONCE) {
+        const int count = tile - m < AT_ONCE ? tile - m : AT_ONCE;
+        const int64_t at = tz_place(s, first, tile, 0) + m;
+#define EXACT(n) ternary_exact(n, s, block, t, at, tile, y + m * ROWS)
+#define INT8(n) ternary_int8(n, s, block, t, at, tile, y + m * ROWS)
+        if (t->exact)
+            UP_TO_AT_ONCE(EXACT)
+        else
+            UP_TO_AT_ONCE(INT8)
 #undef EXACT
 #undef INT8
+    }
 }
 
 static void table(const tz_shape *s, const uint8_t *records, int rows, const tz_tokens *t, int64_t first, float *y) {
@@ -315,9 +339,9 @@ static void table(const tz_shape *s, const uint8_t *records, int rows, const tz_
         }
     for (; r < rows; r++) {
         if (t->exact)
-            EACH_COUNT(EXACT)
+            UP_TO_8(EXACT)
         else
-            EACH_COUNT(INT8)
+            UP_TO_8(INT8)
     }
 #undef EXACT
 #undef INT8
