@@ -82,7 +82,9 @@ static inline ivec dot_quad(ivec sum, quad q, const int8_t *x) {
     const __m256i a = four(x);
     sum.low = _mm256_add_epi16(sum.low, _mm256_maddubs_epi16(q.low, a));
     sum.high = _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(q.high, a));
+#if defined(__AVX2__)                                         /* not where it is emulated */
     __asm__ volatile("" : "+x"(sum.low), "+x"(sum.high));
+#endif
     return sum;
 }
 
