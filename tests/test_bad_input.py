@@ -551,7 +551,7 @@ def test_packed_folder_that_is_truncated(loader: Callable[[Path], Any], size: in
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format_version": 3}, "format_version 3; this ternarize reads 1 and 2. Upgrade with"),
+        ({"format_version": 4}, "format_version 4; this ternarize reads 1, 2, 3. Upgrade with"),
         ({"format_version": 2}, "incomplete or damaged: KeyError"),
         ({"format_version": None}, "format_version None"),
         ({"packing": "base4"}, "packing 'base4'; this ternarize reads 'base3'. Upgrade with"),
