@@ -243,7 +243,7 @@ def test_plan_writes_nothing_and_foretells_the_bytes(
     assert code == 0
     assert "14 linears" in table
     assert "model.layers.*.input_layernorm.weight (2): one value per feature" in table
-    assert "model.embed_tokens [64, 128], lm_head [64, 128]" in table
+    assert "model.embed_tokens [64, 128] in int8, lm_head [64, 128] in int8" in table
     assert sorted(tmp_path.rglob("*")) == before
     assert run("convert", source, "-o", "out", *settings)[0] == 0
     real = (tmp_path / "work" / "out" / "model.safetensors").stat().st_size
