@@ -1,6 +1,7 @@
 """A conversation with a model in the terminal: its chat template, the history, answers as they come.
 
-Every turn goes through the model from the beginning of the conversation; no cache is kept between turns.
+Keys and values of what was said are kept, so that a turn costs what it adds to the conversation. What follows the first
+token that the template writes otherwise than before is computed again; after an answer that was stopped, everything.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.cache_utils import DynamicLayer
 
 from ternarize.errors import TernarizeError
 from ternarize.progress import quiet_transformers
@@ -73,6 +77,7 @@ class Chat:
         """Begin anew."""
         self.system = system
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self._forget()
 
     def answer(self, text: str, show: Callable[[str], object]) -> str:
         """What the model says to `text`; Ctrl-C ends it early. Both go into the history.
@@ -88,18 +93,46 @@ class Chat:
         except TemplateError as error:
             raise TernarizeError(f"the model's chat template refuses this conversation: {error}") from error
         room = self._room(inputs["input_ids"].shape[1])
-        settings: dict[str, Any] = {"do_sample": self.temperature > 0}
+        settings: dict[str, Any] = {"do_sample": self.temperature > 0, "max_new_tokens": min(self.tokens, room)}
         settings |= {"temperature": self.temperature} if self.temperature else {}
         printer = Printer(self.tokenizer, show)
+        cache = self._recall(inputs["input_ids"][0])
+        self._forget()  # until the answer is complete
         try:
             with quiet_transformers():
-                self.model.generate(  # type: ignore[operator]
-                    **inputs.to(self.model.device), max_new_tokens=min(self.tokens, room), streamer=printer, **settings
+                out: Any = self.model.generate(  # type: ignore[operator]
+                    **inputs.to(self.model.device),
+                    **settings,
+                    streamer=printer,
+                    past_key_values=cache,
+                    return_dict_in_generate=True,
                 )
+            self._remember(out.sequences[0].cpu(), out.past_key_values)
         except KeyboardInterrupt:
             pass  # what was said stands
         self.messages = [*messages, {"role": "assistant", "content": printer.text}]
         return printer.text
+
+    def _forget(self) -> None:
+        self._seen: Tensor = torch.empty(0, dtype=torch.int64)
+        self._cache: Cache | None = None
+
+    def _remember(self, ids: Tensor, cache: Any) -> None:
+        """Keep what the model holds of a conversation's tokens int64 [T]: all but the last one."""
+        if isinstance(cache, Cache):
+            self._seen, self._cache = ids[: cache.get_seq_length()], cache
+
+    def _recall(self, ids: Tensor) -> Cache | None:
+        """What the model holds of the tokens that a prompt int64 [T] begins with; its last one is computed anew."""
+        both = min(len(self._seen), len(ids) - 1)
+        same = int((ids[:both] == self._seen[:both]).long().cumprod(0).sum())
+        if self._cache is None or not same:
+            return None
+        if same < len(self._seen):
+            if any(type(layer) is not DynamicLayer for layer in self._cache.layers):
+                return None  # sliding windows and states cannot go back
+            self._cache.crop(same - len(self._seen))
+        return self._cache
 
     def _room(self, length: int) -> int:
         """Tokens that an answer may take behind so many."""

@@ -53,6 +53,29 @@ def test_each_answer_is_to_all_that_was_said(chat: Chat) -> None:
     assert [message["content"] for message in chat.messages] == ["abc", first, "def", second]
 
 
+def test_a_turn_computes_what_it_adds(chat: Chat) -> None:
+    lengths: list[int] = []
+    chat.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+
+    def computed(text: str) -> int:
+        """Tokens of the prompt that go through the model."""
+        lengths.clear()
+        chat.answer(text, lambda _: None)
+        assert set(lengths[1:]) == {1}
+        return lengths[0]
+
+    def prompt() -> int:
+        inputs: Any = chat.tokenizer.apply_chat_template(chat.messages[:-1], add_generation_prompt=True)
+        return len(inputs["input_ids"])
+
+    first = computed("abc")
+    assert first == prompt()
+    assert computed("def") <= prompt() - first
+    chat.messages[0]["content"] = "xyz"  # rewritten, as some templates do
+    third = computed("ghi")
+    assert prompt() - first < third < prompt()  # the template's own beginning is as it was
+
+
 def test_reset_and_system_begin_anew(chat: Chat) -> None:
     told = {"role": "system", "content": "be kind"}
     alone = expected(chat, [{"role": "user", "content": "abc"}])
