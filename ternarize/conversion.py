@@ -33,21 +33,14 @@ from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import advance, convert_window, pack_embeddings, replay_block
 from ternarize.budget import spend
 from ternarize.calibration import Walk, batches, mix_random, start_walk
-from ternarize.checkpoint import (
-    Checkpoint,
-    copy_side_files,
-    place,
-    release,
-    tied_parameters,
-    write_tensors,
-    write_text,
-)
+from ternarize.checkpoint import Checkpoint, place, release, tied_parameters
 from ternarize.choice import make_layout
 from ternarize.ending import tune_ending
 from ternarize.evaluate import Evaluation, load_any
 from ternarize.export import find_targets
 from ternarize.export.export import check_places, export, export_places
 from ternarize.export.planned import check_before
+from ternarize.files import copy_side_files, write_tensors, write_text
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, Plan, check_room, make_plan

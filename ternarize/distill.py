@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import linear_weight, linears
-from ternarize.checkpoint import write_tensors
 from ternarize.errors import TernarizeError
+from ternarize.files import write_tensors
 from ternarize.lesson import Lesson, note_bytes
 from ternarize.progress import Progress, size
 from ternarize.recipe import Distillation

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ternarize.checkpoint import write_text
+from ternarize.files import write_text
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.progress import size
 from ternarize.report import RECIPE_FILE, REPORT_FILE, Report

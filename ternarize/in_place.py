@@ -22,9 +22,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ternarize.architecture import UnfusedExperts
-from ternarize.checkpoint import Checkpoint, find_shards, read_float_config, tied_parameters
+from ternarize.checkpoint import Checkpoint, read_float_config, tied_parameters
 from ternarize.conversion import Job, carry_out
 from ternarize.errors import TernarizeError, UnsupportedModelError
+from ternarize.files import find_shards
 from ternarize.plan import make_plan
 from ternarize.progress import Progress
 from ternarize.quantizer import TernarizeConfig, TernarizeQuantizer, check_names

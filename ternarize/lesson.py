@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.calibration import autocast
-from ternarize.checkpoint import write_tensors
+from ternarize.files import write_tensors
 from ternarize.tuning import off_loss
 
 

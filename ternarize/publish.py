@@ -32,8 +32,8 @@ from huggingface_hub.utils import (
 )
 from yaml import YAMLError
 
-from ternarize.checkpoint import INDEX_FILE, SINGLE_FILE, find_shards, read_header
 from ternarize.errors import TernarizeError
+from ternarize.files import INDEX_FILE, SINGLE_FILE, find_shards, read_header
 from ternarize.format import QUANT_METHOD
 from ternarize.hub import CARD_FILE, PLACE
 from ternarize.progress import Progress, size

@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ternarize.checkpoint import find_shards, read_header
 from ternarize.errors import FormatError, TernarizeError
+from ternarize.files import find_shards, read_header
 from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
 from ternarize.grids import Grid
 from ternarize.kernels import cpu

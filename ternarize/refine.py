@@ -10,9 +10,10 @@ import torch
 from ternarize import hub
 from ternarize.architecture import find_blocks
 from ternarize.calibration import autocast_enabled
-from ternarize.checkpoint import Checkpoint, rewrite_tensors, write_text
+from ternarize.checkpoint import Checkpoint
 from ternarize.distill import distill, is_first, together
 from ternarize.evaluate import Evaluation, compare, load_any
+from ternarize.files import rewrite_tensors, write_text
 from ternarize.gate import judge
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from ternarize.checkpoint import write_tensors
 from ternarize.errors import TernarizeError
+from ternarize.files import write_tensors
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.reading import Item, Message, read, read_text
 from ternarize.sources import cache_folder

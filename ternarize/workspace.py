@@ -33,16 +33,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ternarize.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    copy_file,
-    sync_folder,
-    write_tensors,
-    write_text,
-)
+from ternarize.checkpoint import Checkpoint
 from ternarize.errors import StoppedError, TernarizeError
+from ternarize.files import INDEX_FILE, SINGLE_FILE, copy_file, sync_folder, write_tensors, write_text
 from ternarize.progress import size
 from ternarize.recipe import Recipe
 from ternarize.report import LinearReport, versions

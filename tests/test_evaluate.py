@@ -15,9 +15,9 @@ from torch import Tensor
 
 import ternarize
 from ternarize import evaluate as module
-from ternarize.checkpoint import find_shards
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import Evaluation, compare, evaluate
+from ternarize.files import find_shards
 from ternarize.progress import Progress
 from ternarize.report import Report
 from ternarize.text import evaluation_windows

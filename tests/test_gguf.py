@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import TEXTS, byte_level, make_checkpoint, make_recipe, make_tokenizer
+from tiny import TEXTS, byte_level, make_checkpoint, make_recipe, make_tokenizer, random_ternary
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -29,7 +29,7 @@ from ternarize.export.target import TernaryFolder
 from ternarize.export.verify import verify
 from ternarize.importing.gguf import import_gguf
 from ternarize.progress import Progress
-from ternarize.tensor import TernaryTensor, group_count
+from ternarize.tensor import TernaryTensor
 
 pytest.importorskip("gguf")
 from ternarize.export.gguf.package import load_gguf
@@ -44,14 +44,6 @@ needs_llama = pytest.mark.skipif(
 
 WITHOUT_DATA: dict[str, Any] = {"feedback": False, "curvature": False, "refit": False, "correction": 0.0}
 WITHOUT_DATA |= {"grid": "symmetric", "group_size": 256, "int8_group_size": 64, "scale_bits": 16, "shift_bits": 16}
-
-
-def random_ternary(rows: int, columns: int, size: int, shift: bool = False, seed: int = 0) -> TernaryTensor:
-    generator = torch.Generator().manual_seed(seed)
-    trits = torch.randint(-1, 2, (rows, columns), generator=generator, dtype=torch.int8)
-    groups = rows, group_count(columns, size)
-    scale = (torch.rand(groups, generator=generator) / 8 + 0.01).half()
-    return TernaryTensor(trits, scale, (torch.randn(groups, generator=generator) / 50).half() if shift else None, size)
 
 
 def read_blocks(record: Tensor, kind: BlockType) -> Tensor:

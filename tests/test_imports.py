@@ -29,6 +29,7 @@ ORDER = (
     "solver",
     "format",
     "progress",
+    "files",
     "checkpoint",
     "sources",
     "architecture",

@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ternarize.checkpoint import sync_folder, write_text
 from ternarize.errors import TernarizeError
 from ternarize.export import find_targets
 from ternarize.export.card import export_card
 from ternarize.export.target import Exactness, Target, TernaryFolder
+from ternarize.files import sync_folder, write_text
 from ternarize.hub import CARD_FILE
 from ternarize.progress import Progress, size
 from ternarize.report import dump_json, versions

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.checkpoint import write_text
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.export.packed import pack_words
 from ternarize.export.stock import StockTarget, float_linears, model_logits
 from ternarize.export.target import Exactness, TernaryFolder
+from ternarize.files import write_text
 from ternarize.progress import Progress
 from ternarize.tensor import TernaryTensor
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ternarize.checkpoint import INDEX_FILE, SINGLE_FILE, copy_side_files, write_tensors, write_text
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.export.regroup import fitting_group_size, is_cut, regroup, relative_error, weights
 from ternarize.export.target import EXACT, TOLERANCE, Exactness, TernaryFolder
+from ternarize.files import INDEX_FILE, SINGLE_FILE, copy_side_files, write_tensors, write_text
 from ternarize.progress import Progress, quiet_transformers, size
 from ternarize.runtime import TableHead, TiedTableHead
 from ternarize.tensor import TernaryTensor, group_count

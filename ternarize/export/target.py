@@ -18,15 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ternarize.architecture import UnfusedExperts
-from ternarize.checkpoint import (
-    SAFETENSORS_DTYPES,
-    find_shards,
-    make_skeleton,
-    read_config,
-    read_header,
-    tied_parameters,
-)
+from ternarize.checkpoint import SAFETENSORS_DTYPES, make_skeleton, read_config, tied_parameters
 from ternarize.errors import FormatError
+from ternarize.files import find_shards, read_header
 from ternarize.format import QUANT_METHOD, Layout
 from ternarize.packing import dequantize_table, split_table
 from ternarize.progress import Progress

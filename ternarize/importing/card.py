@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ternarize import __version__
-from ternarize.checkpoint import find_shards, write_text
+from ternarize.files import find_shards, write_text
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.hub import CARD_FILE, LOADING, PLACE, describe_levels, describe_tables
 from ternarize.progress import size

@@ -28,19 +28,11 @@ from ternarize.architecture import (
     replace_module,
     unfuse_experts,
 )
-from ternarize.checkpoint import (
-    Checkpoint,
-    copy_side_files,
-    find_shards,
-    make_skeleton,
-    read_config,
-    read_header,
-    release,
-    tied_parameters,
-)
+from ternarize.checkpoint import Checkpoint, make_skeleton, read_config, release, tied_parameters
 from ternarize.errors import TernarizeError, UnsupportedModelError
 from ternarize.export.bitnet import unpack_rows
 from ternarize.export.export import check_places, replacing
+from ternarize.files import copy_side_files, find_shards, read_header
 from ternarize.importing.weight import recognize, with_shift
 from ternarize.importing.writing import Form, Imported, lay_out, write_folder
 from ternarize.progress import Progress

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from ternarize.architecture import check_skip
-from ternarize.checkpoint import write_text
 from ternarize.errors import TernarizeError
 from ternarize.export.stock import write_shards
+from ternarize.files import write_text
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.importing.card import write_card
 from ternarize.packing import packed_columns

@@ -39,9 +39,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ternarize.checkpoint import write_tensors, write_text
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import compare, load_any
+from ternarize.files import write_tensors, write_text
 from ternarize.progress import Progress
 from ternarize.quantizer import quant_method
 from ternarize.report import dump_json

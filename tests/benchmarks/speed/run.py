@@ -41,8 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.checkpoint import write_text
 from ternarize.errors import TernarizeError
+from ternarize.files import write_text
 from ternarize.kernels import cpu
 from ternarize.progress import Progress
 from ternarize.report import dump_json, versions
