@@ -27,7 +27,7 @@ from ternarize.errors import TernarizeError
 from ternarize.grids import fit_grid, nearest
 from ternarize.packing import round_levels
 from ternarize.recipe import Recipe
-from ternarize.tensor import Levels, TernaryTensor, expand_groups
+from ternarize.tensor import Levels, TernaryTensor, expand_groups, sum_groups
 
 COLUMN_BLOCK = 64  # columns whose feedback is applied to the rest of the row in one product
 REFIT_RIDGE = 1e-4  # pull of the refit towards the values it starts from, as a share of the diagonal
@@ -243,23 +243,23 @@ def refit(
     unknowns = 2 * groups if with_shift else groups
     short = groups * group_size - in_features  # columns that the last group lacks
     moment = F.pad(moment, (0, short, 0, short)) if short else moment
-    ones_moment = _sum_groups(moment, group_size)  # H 1_g, [I, G]
+    ones_moment = sum_groups(moment, group_size)  # H 1_g, [I, G]
     scales, shifts = torch.empty_like(scale), shift.clone()
     chunk = max(1, min(REFIT_ROWS, REFIT_FLOATS // unknowns**2))
     for rows in torch.arange(out_features, device=trits.device).split(chunk):
         t, w = F.pad(trits[rows], (0, short)), F.pad(target[rows], (0, short))
         w_moment = w @ moment  # [R, I]
-        right, start = _sum_groups(w_moment * t, group_size), scale[rows]
+        right, start = sum_groups(w_moment * t, group_size), scale[rows]
         matrix = t.new_zeros(len(rows), unknowns, unknowns, dtype=torch.float64)  # the lower triangle of A' H A
         for group in range(groups):
             first = group * group_size
             own = slice(first, first + group_size)
-            matrix[:, group:groups, group] = _sum_groups(t[:, own] @ moment[own, first:] * t[:, first:], group_size)
+            matrix[:, group:groups, group] = sum_groups(t[:, own] @ moment[own, first:] * t[:, first:], group_size)
             if with_shift:
                 matrix[:, groups:, group] = t[:, own] @ ones_moment[own]
         if with_shift:
-            matrix[:, groups:, groups:] = _sum_groups(ones_moment.t(), group_size)
-            right = torch.cat([right, _sum_groups(w_moment, group_size)], dim=1)
+            matrix[:, groups:, groups:] = sum_groups(ones_moment.t(), group_size)
+            right = torch.cat([right, sum_groups(w_moment, group_size)], dim=1)
             start = torch.cat([start, shift[rows]], dim=1)
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         ridge = REFIT_RIDGE * diagonal.maximum(diagonal.mean(1, keepdim=True) * 1e-6 + 1e-30)
@@ -274,11 +274,6 @@ def refit(
     negative = scales < 0
     flip = expand_groups(torch.where(negative, -1.0, 1.0).to(trits.dtype), in_features, group_size)
     return scales.abs().clamp(min=SMALLEST_SCALE), shifts, trits * flip
-
-
-def _sum_groups(values: Tensor, group_size: int) -> Tensor:
-    """Sums over groups of columns, [..., I] -> [..., G]; I is a multiple of the group size."""
-    return values.unflatten(-1, (-1, group_size)).sum(-1)
 
 
 def correct_for_prefix(weight: Tensor, statistics: LinearStatistics, damped: Tensor, strength: float) -> Tensor:

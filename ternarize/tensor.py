@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -21,6 +21,12 @@ def group_count(in_features: int, group_size: int) -> int:
 def expand_groups(per_group: Tensor, in_features: int, group_size: int) -> Tensor:
     """Repeat one value per group, [..., G], over the columns of its group, [..., I]."""
     return per_group.repeat_interleave(group_size, dim=-1)[..., :in_features]
+
+
+def sum_groups(values: Tensor, group_size: int) -> Tensor:
+    """Sum over the columns of each group, [..., I] -> [..., G]; the last group may be short."""
+    short = -values.shape[-1] % group_size
+    return nn.functional.pad(values, (0, short)).unflatten(-1, (-1, group_size)).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from ternarize.packing import round_levels
 from ternarize.recipe import Learning, Recipe
 from ternarize.runtime import TernaryLinear
 from ternarize.solver import SMALLEST_SCALE
+from ternarize.steady import steady_linear
 from ternarize.tensor import Levels, TernaryTensor, expand_groups
 
 HUBER = 1.0  # where the loss turns linear, in the tokens' units
@@ -85,7 +86,8 @@ class TrainableTernary(nn.Module):
         self.scale_factor = nn.Parameter(zeros.clone(), requires_grad=settings.levels)
         self.shift_factor = nn.Parameter(zeros.clone(), requires_grad=settings.levels and with_shift)
         self.threshold_factor = nn.Parameter(zeros.clone(), requires_grad=settings.thresholds)
-        self.latent = nn.Parameter(latent, requires_grad=settings.codes == "latent")
+        self.steady = settings.codes == "frozen" and not settings.thresholds  # no trit will ever move
+        self.latent = nn.Parameter(start.trits if self.steady else latent, requires_grad=settings.codes == "latent")
         self.down = self.up = None
         if settings.codes == "low-rank":
             rank = min(settings.rank, *latent.shape)
@@ -121,7 +123,7 @@ class TrainableTernary(nn.Module):
 
     def position(self) -> Tensor:
         """Latents in units of twice the threshold, [O, I]: what is rounded to trits."""
-        latent: Tensor = self.latent
+        latent: Tensor = self.latent.float() if self.steady else self.latent
         if self.down is not None and self.up is not None:
             with torch.autocast(latent.device.type, enabled=False):  # the codes are to be the same when they are packed
                 latent = latent + self.up @ self.down
@@ -142,7 +144,11 @@ class TrainableTernary(nn.Module):
         return weight + self._columns(shift) if self.with_shift else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O], in x's dtype."""
+        """x [..., I] -> [..., O], in x's dtype, or in autocast's."""
+        if self.steady:
+            scale, shift = self.stored_levels()
+            out = steady_linear(x, self.latent, scale, shift if self.with_shift else None, self.group_size)
+            return out if self.bias is None else out + self.bias.to(out.dtype)
         return nn.functional.linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()

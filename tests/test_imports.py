@@ -46,6 +46,7 @@ ORDER = (
     "reading",
     "text",
     "calibration",
+    "steady",
     "tuning",
     "lesson",
     "distill",

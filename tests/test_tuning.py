@@ -66,6 +66,27 @@ def test_gradients_are_those_of_the_formula() -> None:
     torch.testing.assert_close(trainable.latent.grad, expected)
 
 
+@pytest.mark.parametrize("grid", ["dlt", "symmetric"])
+@pytest.mark.parametrize("columns", [16, 20])
+def test_trits_that_stay_are_kept_in_a_byte_and_teach_scales_and_shifts_the_same(grid: str, columns: int) -> None:
+    linear = ternary_of(random(6, columns), random(6, seed=3), grid=grid)
+    moving, steady = (TrainableTernary(linear, None, Tuning(codes=codes)) for codes in ("latent", "frozen"))  # type: ignore[arg-type]
+    x, upstream = random(1, 3, columns, seed=1), random(1, 3, 6, seed=2)
+    kept: list[int] = []
+    inputs = {}
+    for module in (moving, steady):
+        inputs[module] = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
+            kept.clear()
+            (module(inputs[module]) * upstream).sum().backward()
+    torch.testing.assert_close(steady(x), moving(x))
+    torch.testing.assert_close(inputs[steady].grad, inputs[moving].grad)
+    for name in ("scale_factor", "shift_factor"):
+        torch.testing.assert_close(getattr(steady, name).grad, getattr(moving, name).grad)
+    assert steady.latent.dtype == torch.int8
+    assert max(kept) < 4 * 6 * columns  # no float of the weight's size
+
+
 def test_scale_and_shift_cannot_leave_their_bounds() -> None:
     trainable = TrainableTernary(ternary_of(random(4, 16), scale_bits=16, shift_bits=16), None, Tuning())
     start_shift = trainable.shift_0
