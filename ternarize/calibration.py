@@ -26,6 +26,7 @@ from ternarize.solver import LinearStatistics
 from ternarize.text import load_tokenizer, random_windows
 
 BATCH_TOKENS = 1024
+PIECE_TOKENS = 256  # whose logits are in memory at once, where they are learnt from
 GRAM_COLUMNS = 1024  # side of the blocks in which a symmetric sum is computed
 
 

@@ -66,27 +66,32 @@ def compare_walks(
     Args:
         ids: the calibration windows in batches, int64 [B, T], as they were walked.
     """
-    model = checkpoint.skeleton()
-    path, blocks = find_blocks(model)
-    checkpoint.load(model, "", exclude=f"{path}.")
-    place(model, str(ids[0].device))
-    windows = [
-        (batch, row)
-        for batch in range(min(first_held_out(len(ids), recipe.calibration.held_out), len(ids) - 1), len(ids))
-        for row in range(len(ids[batch]))
-    ]
-
-    def logits(walk: Walk, batch: int, row: int) -> Tensor:
-        one = slice(row, row + 1)
-        tuples = walk.calls[batch][-1].tuple_output
-        return finish_walk(model, blocks, walk.hidden[batch][one], ids[batch][one], tuples)[0, :-1]
-
-    expected = [logits(teacher, *window).half() for window in windows]
-    pack_embeddings(model, plan, recipe)
+    device = str(ids[0].device)
+    floats, packed = _Outside(checkpoint, device), _Outside(checkpoint, device)
+    pack_embeddings(packed.model, plan, recipe)
     tally = Tally(with_teacher=True)
-    for (batch, row), reference in zip(windows, expected, strict=True):
-        tally.add(logits(student, batch, row), reference, ids[batch][row, 1:])
+    first = min(first_held_out(len(ids), recipe.calibration.held_out), len(ids) - 1)
+    windows = [(batch, row) for batch in range(first, len(ids)) for row in range(len(ids[batch]))]
+    for batch, row in windows:
+        own = ids[batch][row]
+        expected, answer = floats.read(teacher, batch, row, own), packed.read(student, batch, row, own)
+        tally.add(answer[:-1], expected[:-1], own[1:])
     return tally.result("held-out calibration text", len(windows), ids[0].shape[1])
+
+
+class _Outside:
+    """The source's model, with everything loaded but its blocks."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+        self.model = checkpoint.skeleton()
+        path, self.blocks = find_blocks(self.model)
+        checkpoint.load(self.model, "", exclude=f"{path}.")
+        place(self.model, device)
+
+    def read(self, walk: Walk, batch: int, row: int, ids: Tensor) -> Tensor:
+        """Logits [T, V] of one window, int64 [T], from a walk behind the last block."""
+        hidden, tuples = walk.hidden[batch][row : row + 1], walk.calls[batch][-1].tuple_output
+        return finish_walk(self.model, self.blocks, hidden, ids[None], tuples)[0]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import find_blocks, linear_shape, linears
-from ternarize.calibration import BATCH_TOKENS
+from ternarize.calibration import PIECE_TOKENS
 from ternarize.checkpoint import Checkpoint, tied_parameters
 from ternarize.choice import Choice, choose, find_embeddings
 from ternarize.errors import TernarizeError
@@ -239,7 +239,7 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     tuning = LEARNING * recipe.tune.window * block if recipe.tune.epochs else 0
     ending = 0
     if ended := len(blocks) - recipe.tune.first_of_ending(len(blocks)):
-        logits = LOGITS * max(BATCH_TOKENS, calibration.length) * model.config.get_text_config().vocab_size
+        logits = LOGITS * PIECE_TOKENS * model.config.get_text_config().vocab_size
         ending = FROZEN * ended * block + 4 * outside + 6 * activations + logits
     distilling = (LEARNING + 4) * weights if recipe.distill.epochs else 0
     ranking = 2 * 4 * weights if recipe.budget is not None else 0

@@ -12,6 +12,7 @@ from tiny import contents, make_checkpoint, make_recipe, read_tensors
 from ternarize import Recipe, conversion
 from ternarize.checkpoint import Checkpoint
 from ternarize.conversion import convert
+from ternarize.ending import piecewise_mean
 from ternarize.errors import StoppedError
 from ternarize.plan import make_plan
 from ternarize.progress import Progress
@@ -66,6 +67,26 @@ def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(
     assert changed
     assert all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
     assert not any(name.endswith("proj.weight") for name in changed)  # scales and shifts learn, codes do not
+
+
+@pytest.mark.parametrize(("shape", "at_once"), [((1, 7, 4), 3), ((3, 8, 4), 6), ((2, 5, 4), 1), ((2, 5, 4), 99)])
+def test_a_mean_by_pieces_is_the_mean(shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ternarize.ending.PIECE_TOKENS", at_once)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    seen: list[int] = []
+
+    def loss(piece: torch.Tensor, part: slice) -> torch.Tensor:
+        seen.append(piece.shape[0] * piece.shape[1])
+        return (piece.square() * weight[:, part]).sum(-1).mean()
+
+    inputs = [hidden.clone().requires_grad_() for _ in range(2)]
+    (3 * piecewise_mean(inputs[0], loss)).backward()
+    assert max(seen) <= max(at_once, shape[0])
+    (3 * loss(inputs[1], slice(None))).backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    with torch.no_grad():
+        assert float(piecewise_mean(hidden, loss)) == pytest.approx(float(loss(hidden, slice(None))))
 
 
 def test_it_is_taken_back_where_it_lost(source: Path, text: Path, tmp_path: Path) -> None:
