@@ -118,7 +118,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         source_bytes=checkpoint.bytes,
         output_bytes=output,
         peak_memory=memory,
-        seconds=_seconds(blocks, recipe, ternary),
+        seconds=_seconds(model, blocks, recipe, ternary),
         writes_text=any(split_source(source)[0] == "self" for source in recipe.calibration.text),
         group_size=recipe.group_size,
         kept_linears=sorted(choice.kept),
@@ -246,7 +246,9 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, ending, first, writing, distilling, ranking))
 
 
-def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int, int]]) -> float:
+def _seconds(
+    model: PreTrainedModel, blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int, int]]
+) -> float:
     """Products of walk, learning and ranking over a rate measured now, plus the column loops."""
     rate = _matmul_rate()
     tokens = recipe.calibration.samples * recipe.calibration.length
@@ -258,8 +260,11 @@ def _seconds(blocks: nn.ModuleList, recipe: Recipe, ternary: dict[str, tuple[int
     ended = 1 - recipe.tune.first_of_ending(len(blocks)) / len(blocks)
     learning = 3 * forward * (recipe.tune.epochs + recipe.tune.ending_epochs * ended)
     distilled = recipe.distill.samples * recipe.calibration.length * recipe.distill.epochs
+    predicted = distilled + (tokens * recipe.tune.ending_epochs if ended else 0)
+    embedding: Any = model.get_input_embeddings()
+    heads = 3 * 2 * embedding.weight.numel() * predicted  # the teacher's; the student's, and back
     ranking = len(ternary) * once * RANK_WINDOWS * RANK_LENGTH if recipe.budget is not None else 0
-    return (3 * forward + moments + solving + learning + 4 * once * distilled + ranking) / rate + columns
+    return (3 * forward + moments + solving + learning + 4 * once * distilled + heads + ranking) / rate + columns
 
 
 def _matmul_rate() -> float:

@@ -137,6 +137,17 @@ def test_more_text_needs_more_memory_and_time(llama: Path, text: Path, monkeypat
     assert much.seconds > 100 * little.seconds > 0
 
 
+def test_learning_from_predictions_takes_the_time_of_the_head(
+    llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_matmul_rate", lambda: 1e9)
+    recipes = [make_recipe(text, tune={"epochs": 1, "ending": ending, "ending_epochs": 5.0}) for ending in (0, 1)]
+    without, with_head = (planned(llama, recipe) for recipe in recipes)
+    vocabulary, width = with_head.tables["model.embed_tokens"][:2]
+    tokens = recipes[1].calibration.samples * recipes[1].calibration.length
+    assert with_head.seconds - without.seconds > 5 * tokens * 3 * 2 * vocabulary * width / 1e9
+
+
 def test_plan_says_when_the_model_writes_its_own_text(llama: Path, text: Path) -> None:
     assert not planned(llama, make_recipe(text)).writes_text
     assert planned(llama, make_recipe(Path("self"))).writes_text
