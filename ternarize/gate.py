@@ -31,7 +31,7 @@ FEWEST_DISTINCT = 4  # tokens in the short text; a model that repeats itself has
 PROMPT_TOKENS, TEXT_TOKENS = 16, 32
 OPENING = "Once upon a time, there was a"
 ADVICE = (
-    "Use a stronger recipe (balanced, best), more calibration.samples of text like your own, a larger model, "
+    "Use a stronger recipe (fast < balanced < best), more calibration.samples of text like your own, a larger model, "
     "or skip the linears that `ternarize inspect` ranks worst."
 )
 
