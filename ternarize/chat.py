@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.cache_utils import DynamicLayer
 
+from ternarize.decoder.cache import CACHE
 from ternarize.errors import TernarizeError
 from ternarize.progress import quiet_transformers
 
@@ -103,11 +104,11 @@ class Chat:
                 out: Any = self.model.generate(  # type: ignore[operator]
                     **inputs.to(self.model.device),
                     **settings,
+                    **{CACHE: cache},
                     streamer=printer,
-                    past_key_values=cache,
                     return_dict_in_generate=True,
                 )
-            self._remember(out.sequences[0].cpu(), out.past_key_values)
+            self._remember(out.sequences[0].cpu(), out[CACHE])
         except KeyboardInterrupt:
             pass  # what was said stands
         self.messages = [*messages, {"role": "assistant", "content": printer.text}]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, St
 import ternarize
 from ternarize import TernaryLinear, TernaryTensor, decoder
 from ternarize.architecture import find_blocks, linears, replace_module
+from ternarize.decoder.cache import CACHE
 from ternarize.kernels import cpu
 from ternarize.kernels.decoder import NativeDecoder
 from ternarize.swap import dequantize_modules, run_natively
@@ -59,7 +60,7 @@ def tokens(count: int, seed: int = 0, batch: int = 1) -> Tensor:
 
 
 def logits(model: Any, ids: Tensor, cache: Any, **arguments: Any) -> Tensor:
-    out: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **arguments).logits
+    out: Tensor = model(input_ids=ids, **{CACHE: cache}, use_cache=True, **arguments).logits
     return out
 
 
@@ -259,7 +260,7 @@ def test_a_full_mask_positions_and_embeddings_are_served(steps: list[int]) -> No
         out = [logits(model, ids, cache, attention_mask=torch.ones(1, 7, dtype=torch.long))]
         out.append(logits(model, ids, cache, position_ids=torch.tensor([[11]])))
         embedded = model.get_input_embeddings()(ids)
-        out.append(model(inputs_embeds=embedded, past_key_values=cache, output_attentions=False).logits)
+        out.append(model(inputs_embeds=embedded, **{CACHE: cache}, output_attentions=False).logits)
         return out
 
     got = run()
@@ -464,7 +465,7 @@ def test_compiled_models_run_as_ever(steps: list[int]) -> None:
     cache, twin = DynamicCache(), DynamicCache()
     walk(model, [4], cache), walk(model, [4], twin)
     compiled = torch.compile(model, backend="eager")
-    got = compiled(input_ids=tokens(1), past_key_values=cache).logits
+    got = compiled(input_ids=tokens(1), **{CACHE: cache}).logits
     assert steps[0] == 0
     assert_close(got, logits(model, tokens(1), twin))
     assert steps[0] == 1

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ternarize import kernels
-from ternarize.decoder.cache import Sequence, start_sequence
+from ternarize.decoder.cache import CACHE, Sequence, start_sequence
 from ternarize.decoder.plan import Facts, Plan, family_of, make_plan
 
 
@@ -119,8 +119,10 @@ class NativeForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not traced and not args and asks_for_a_step(**kwargs):
-            out = self.step(**kwargs)
+        if not traced and not args:
+            others = dict(kwargs)
+            cache = others.pop(CACHE, None)
+            out = self.step(cache, **others) if asks_for_a_step(cache, **others) else None
             if out is not None:
                 return out
         model = self.model
@@ -128,7 +130,7 @@ class NativeForward:
 
     def step(
         self,
-        past_key_values: DynamicCache,
+        cache: DynamicCache,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -143,10 +145,10 @@ class NativeForward:
             return None
         if config.output_attentions or config.output_hidden_states or not config.return_dict:
             return None
-        past = past_key_values.get_seq_length()
+        past = cache.get_seq_length()
         if attention_mask is not None and (attention_mask.shape != (1, past + 1) or not bool(attention_mask.all())):
             return None
-        sequence = self.sequence(past_key_values, past)
+        sequence = self.sequence(cache, past)
         if sequence is None or not sequence.plan.without_gradients():
             return None
         hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -155,7 +157,7 @@ class NativeForward:
         if ropes is None or not kernels.usable(hidden) or hidden.dtype != sequence.dtype:
             return None
         out = sequence.step(hidden.float().flatten(), ropes)
-        return BaseModelOutputWithPast(out.to(hidden.dtype).view(1, 1, -1), past_key_values)
+        return BaseModelOutputWithPast(out.to(hidden.dtype).view(1, 1, -1), cache)
 
     def sequence(self, cache: DynamicCache, past: int) -> Sequence | None:
         """What goes on in a cache with `past` tokens; None where the library cannot serve the model or the cache.
@@ -181,9 +183,9 @@ class NativeForward:
 
 
 def asks_for_a_step(
+    cache: Any,
     input_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
-    past_key_values: Any = None,
     position_ids: Tensor | None = None,
     attention_mask: Any = None,
     use_cache: bool | None = None,
@@ -192,7 +194,7 @@ def asks_for_a_step(
     """Whether the arguments of a forward are of the kind that a step serves: one token, and a dynamic cache."""
     token = input_ids if inputs_embeds is None else inputs_embeds
     return (
-        type(past_key_values) is DynamicCache
+        type(cache) is DynamicCache
         and (input_ids is None) != (inputs_embeds is None)
         and token is not None
         and tuple(token.shape[:2]) == (1, 1)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ternarize import kernels
 from ternarize.decoder.plan import Plan
 from ternarize.kernels.decoder import NativeCache
 
+# What models call their cache, as an argument and in what they return: "past_key_values" before transformers 5.24.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 ROOM = 256  # positions by which a cache grows, at least
 
 
