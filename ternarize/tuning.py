@@ -280,22 +280,35 @@ def learn(
 
 
 def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
-    """Huber loss of each token in units of its own, plus `off` times one minus the cosine; a mean over tokens.
+    """Huber loss in units of each channel and token, plus `off` times one minus the cosine; a mean over tokens.
 
-    The unit is the geometric mean of the token's root mean square and the median token's. A few tokens, the attention
-    sinks, carry activations hundreds of times the others': in absolute units they would be all that counts, in units
-    of their own they would count as one token each, although all others attend to them.
+    Both units are geometric means, of a channel's (token's) own size and that of the median one, because a few are
+    hundreds of times the others. In absolute units one channel of Gemma 3, with more than nine tenths of the energy of
+    every token, would be all that counts, although the norm of the next block makes it one among many; and so would a
+    few tokens, the attention sinks. In units of their own they would count as one of many, and a sink is more than
+    that: all other tokens attend to it.
 
     Args:
         student, teacher: [B, T, H].
     """
-    student, teacher = student.float(), teacher.float()
+    channel = channel_unit(teacher.float())
+    student, teacher = student.float() / channel, teacher.float() / channel
     size = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     unit = (size * size.median()).sqrt()
     loss = nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
     if off:
         loss = loss + off * off_loss(student, teacher)
     return loss
+
+
+def channel_unit(teacher: Tensor) -> Tensor:
+    """What the channels of float32 features [..., H] are measured in [H], by their median magnitudes over the tokens.
+
+    Medians, so that the few tokens that are hundreds of times the others do not set the unit for all.
+    """
+    own = teacher.abs().flatten(0, -2).median(0).values
+    middle = own.median().clamp(min=1e-6)
+    return (own.clamp(min=0.01 * middle) * middle).sqrt()  # a channel that is idle is not all that counts either
 
 
 def off_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -142,6 +142,21 @@ def test_a_token_counts_by_the_size_of_its_activations() -> None:
     assert loss_of(0) == pytest.approx(100 * loss_of(1), rel=1e-3)
 
 
+def test_a_channel_counts_by_the_square_root_of_its_size() -> None:
+    """One channel of a model may hold nearly all the energy of every token, and the next norm make it one of many."""
+    teacher = torch.ones(2, 5, 8)
+    teacher[..., 3] *= 100
+    teacher[..., 4] = 0  # idle
+
+    def loss_of(channel: int, by: float) -> float:
+        student = teacher.clone()
+        student[..., channel] += by
+        return float(window_loss(student, teacher, 0.0))
+
+    assert loss_of(3, 1.0) == pytest.approx(100 * loss_of(2, 0.01), rel=1e-3)  # the same share of either
+    assert loss_of(4, 0.01) == pytest.approx(100 * loss_of(2, 0.01), rel=1e-3)  # as at a hundredth of the others
+
+
 def test_off_is_one_minus_the_cosine() -> None:
     teacher = random(1, 4, 8)
 
