@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -33,6 +33,9 @@ from ternarize.errors import TernarizeError
 from ternarize.printing import print_json, say_verdict, summarize_kept, table
 from ternarize.progress import Progress, duration, parse_duration, parse_size, size
 from ternarize.recipe import DEFAULT, Recipe
+
+if TYPE_CHECKING:
+    from ternarize.report import Report
 
 
 @app.command()
@@ -101,8 +104,18 @@ def convert(
         if push is not None:
             send(target, push, private, progress)
         return
+    _show(report, source, target, chosen, progress)
+    say_verdict(verdict)
+    if push is not None:
+        typer.echo(f"\nPushed: {send(target, push, private, progress)}")
+    typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
+    typer.echo(f'      ternarize generate {target} "Once upon a time"')
+
+
+def _show(report: Report, source: str, target: Path, recipe: Recipe, progress: Progress) -> None:
+    """What a conversion came to, as a table."""
     data_free = [entry.name for entry in report.linears if entry.data_free]
-    if data_free and chosen.needs_statistics:
+    if data_free and recipe.needs_statistics:
         progress.say(
             f"{len(data_free)} experts saw too few calibration tokens and were fitted without data, "
             f"such as {data_free[0]}; more calibration.samples would reach them."
@@ -119,11 +132,6 @@ def convert(
             ("peak memory", size(report.run["peak_memory"]) if report.run["peak_memory"] else "not known here"),
         ]
     )
-    say_verdict(verdict)
-    if push is not None:
-        typer.echo(f"\nPushed: {send(target, push, private, progress)}")
-    typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
-    typer.echo(f'      ternarize generate {target} "Once upon a time"')
 
 
 @app.command()
