@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -24,6 +24,10 @@ from ternarize.cli.options import (
 from ternarize.errors import TernarizeError
 from ternarize.printing import comparison, machine_rows, print_json, size_rows, summarize_kept, table
 from ternarize.progress import Progress, size
+
+if TYPE_CHECKING:
+    from ternarize.evaluate import Evaluation
+    from ternarize.tasks import Score
 
 
 @app.command()
@@ -97,6 +101,11 @@ def evaluate(
     if as_json:
         print_json([result.to_dict() for result in results] + [score.to_dict() for score in scores])
         return
+    comparison(_rows(student, results, scores))
+
+
+def _rows(student: Path, results: list[Evaluation], scores: list[Score]) -> list[tuple[str, str, str]]:
+    """What is shown of an evaluation: a figure's name, the teacher's, the student's."""
     rows = size_rows(student)
     for result in results:
         reference = "" if result.teacher_perplexity is None else f"{result.teacher_perplexity:.2f}"
@@ -109,7 +118,7 @@ def evaluate(
         other = "" if score.teacher is None else f"{100 * score.teacher:.1f} %"
         guess = "" if score.chance is None else f", guessing {100 * score.chance:.0f} %"
         rows.append((f"{score.task} ({score.metric}, {score.items} items{guess})", other, f"{100 * score.score:.1f} %"))
-    comparison(rows)
+    return rows
 
 
 @app.command()
