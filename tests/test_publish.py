@@ -279,6 +279,19 @@ def test_dry_run_shows_everything_and_asks_nobody(ternary: Path, hub: Hub, run: 
     assert not hub.requests
 
 
+def test_push_says_how_to_load_what_was_pushed(ternary: Path, hub: Hub, run: Run, tmp_path: Path) -> None:
+    _, out, _ = run("push", ternary, REPO)
+    assert f"ternarize.load({REPO!r})" in out
+    export = tmp_path / "gguf"
+    export.mkdir()
+    (export / "tiny.gguf").write_bytes(b"GGUF" + bytes(100))
+    (export / "README.md").write_text("# tiny\n")
+    (export / "export.json").write_text("{}")
+    _, out, _ = run("push", export, f"{REPO}-gguf")
+    assert "Pushed: " in out
+    assert "ternarize.load" not in out  # which does not read it
+
+
 def test_convert_pushes_what_it_made(llama: Path, text: Path, hub: Hub, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     wanted = ["convert", llama, "-o", out, "--recipe", "fast", "--text", text, "--quiet"]

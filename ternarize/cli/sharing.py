@@ -37,7 +37,7 @@ def push(
     One commit shows all of it, or nothing is visible. Needs a token that may write: hf auth login, or HF_TOKEN. Run
     again after an interruption, it goes on.
     """
-    from ternarize.publish import prepare, publish
+    from ternarize.publish import EXPORT_FILE, prepare, publish
 
     parcel = prepare(folder, repo, private, revision, base)
     facts = {"repository": repo, "private": private, "revision": revision or "main"}
@@ -47,7 +47,8 @@ def push(
             print_json(facts | {"commit": address})
         else:
             typer.echo(f"Pushed: {address}")
-            typer.echo(f"Load:   ternarize.load({repo!r})")
+            export = (folder / EXPORT_FILE).is_file()
+            typer.echo("Load:   as its card says" if export else f"Load:   ternarize.load({repo!r})")
         return
     if as_json:
         print_json(facts | {"files": parcel.sizes, "card": parcel.card})
