@@ -409,6 +409,20 @@ def test_json_of_inspect_is_the_report(run: Run, ternary: Path) -> None:
     assert json.loads(out) == json.loads((ternary / "report.json").read_text())
 
 
+def test_a_plot_is_drawn_though_nobody_reads_the_table(ternary: Path, tmp_path: Path) -> None:
+    """As in `ternarize inspect ... --plot FILE | head`."""
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plot.png"
+    command = [sys.executable, "-m", "ternarize.cli", "inspect", str(ternary), "--plot", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert file.stat().st_size
+    assert "Traceback" not in errors
+
+
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_inspect_draws(suffix: str, magic: bytes, run: Run, ternary: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

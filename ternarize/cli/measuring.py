@@ -184,6 +184,10 @@ def inspect(
     if teacher is not None:
         _rank(folder, teacher, text or ["pydoc"], worst, as_json)
         return
+    if plot is not None:  # before the table, which a reader such as head may stop
+        from ternarize.plot import save
+
+        save(report.plot(), plot)
     if as_json:
         print_json(json.loads(report.to_json()))
     else:
@@ -210,12 +214,8 @@ def inspect(
         typer.echo("\nStayed float:")
         for line in summarize_kept([(kept["name"], kept["reason"]) for kept in report.kept]):
             typer.echo(f"  {line}")
-    if plot is not None:
-        from ternarize.plot import save
-
-        save(report.plot(), plot)
-        if not as_json:
-            typer.echo(f"\nDrawn into {plot}")
+    if plot is not None and not as_json:
+        typer.echo(f"\nDrawn into {plot}")
 
 
 @app.command()
