@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import choose_linears, linear_shape, linear_weight, replace_module
-from ternarize.calibration import Walk, autocast_enabled, capture
+from ternarize.calibration import Walk, capture, product_dtype
 from ternarize.checkpoint import tied_parameters
 from ternarize.choice import embedding_multiplier
 from ternarize.errors import TernarizeError, UnsupportedModelError
@@ -137,8 +137,7 @@ def _fit_together(
 
 def advance(student: Walk, index: int, block: nn.Module) -> None:
     """Walk the student through a block that is ternary, each weight unpacked once for all batches."""
-    rounded = autocast_enabled(student.hidden[0].device)  # as autocast would round it, batch by batch
-    with unpacked(block, torch.bfloat16 if rounded else torch.float32):
+    with unpacked(block, product_dtype(student.hidden[0].device)):  # as autocast would round it, batch by batch
         student.advance(index, block)
 
 

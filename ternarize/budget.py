@@ -25,7 +25,7 @@ from ternarize.architecture import linear_weight
 from ternarize.calibration import autocast
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import HELD_OUT_SEED, load_any
-from ternarize.lesson import Reference
+from ternarize.lesson import divergence
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, ternary_bytes
 from ternarize.progress import Progress
 from ternarize.recipe import DATA_FREE, Recipe
@@ -81,7 +81,7 @@ def rank(
         with autocast(device):
             return teacher(input_ids=ids, use_cache=False).logits[:, :-1]
 
-    expected = Reference.of(logits(), 0)
+    expected = logits()
     damages = {}
     with progress.bar("ranking", total=len(names), unit="linear") as bar:
         for name in names:
@@ -89,7 +89,7 @@ def rank(
             weight = linear_weight(module)
             kept = weight.clone()
             weight.copy_(ternary(name, kept.float()))
-            damages[name] = max(float(expected.divergence(logits())), 0.0)
+            damages[name] = max(float(divergence(expected, logits())), 0.0)
             weight.copy_(kept)
             bar.update(1)
     return damages

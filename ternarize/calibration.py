@@ -26,7 +26,7 @@ from ternarize.solver import LinearStatistics
 from ternarize.text import load_tokenizer, random_windows
 
 BATCH_TOKENS = 1024
-PIECE_TOKENS = 256  # whose logits are in memory at once, where they are learnt from
+PIECE_TOKENS = 128  # whose logits are in memory at once, where they are learnt from
 GRAM_COLUMNS = 1024  # side of the blocks in which a symmetric sum is computed
 
 
@@ -85,6 +85,11 @@ def autocast_enabled(device: torch.device) -> bool:
         return True
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(probe() for probe in probes if probe is not None)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What weights are rounded to before products there."""
+    return torch.bfloat16 if autocast_enabled(device) else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import linear_weight, linears
+from ternarize.calibration import product_dtype
 from ternarize.errors import TernarizeError
 from ternarize.files import write_tensors
-from ternarize.lesson import Lesson, note_bytes
+from ternarize.lesson import Lesson, Reader, note_bytes
 from ternarize.progress import Progress, size
 from ternarize.recipe import Distillation
+from ternarize.runtime import unpacked
 from ternarize.tuning import (
     TrainableTernary,
     learning_parameters,
@@ -40,7 +42,6 @@ from ternarize.tuning import (
 )
 
 HELD_OUT_WINDOWS = 16  # at most: every check measures them all
-HELD_OUT_TOP = 256  # teacher logits kept for a held-out token; the rest is one more outcome
 NOTES = "teacher"  # the folder of what the teacher said, beside the state
 
 
@@ -91,22 +92,51 @@ def distill(
     Raises:
         TernarizeError: too few windows for one step beside the held-out ones.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(teacher.parameters()).device
-    taught, measured = _set_apart(ids.to(device), held_out)
-    batches = len(taught) // (settings.batch * world)
-    if not batches:
+    _, world = _place()
+    taught, measured = _set_apart(ids.to(next(teacher.parameters()).device), held_out)
+    if len(taught) < settings.batch * world:
         raise TernarizeError(
             f"{len(ids)} windows leave {len(taught)} to learn from, fewer than one step of {settings.batch} for each "
             f"of {world} processes. Raise distill.samples, or lower distill.batch."
         )
     modules = _make_learner(student, teacher, path, settings)
     depths = _depths(settings, len(list(student.get_submodule(path).children())))
-    notes = _notes(settings, state, taught, len(depths) * student.config.get_text_config().hidden_size, progress)
-    lesson = Lesson(student, teacher, depths, settings.off, settings.top, notes)
-    held = [(windows, lesson.ask(windows, HELD_OUT_TOP)[0]) for windows in measured.split(settings.batch)]
+    size_of_notes = note_bytes(taught.numel(), student.config.get_text_config().hidden_size, len(depths))
+    notes = _notes(settings, state, size_of_notes, progress)
+    lesson = Lesson(Reader(student, path), Reader(teacher, path), depths, settings.off, settings.top, notes)
+    with unpacked(student, product_dtype(taught.device)):  # its head; the blocks' linears are learners
+        run = _teach(lesson, modules, taught, measured, settings, state, progress, budget)
+    for block in student.get_submodule(path).children():
+        make_ternary(block)
+    together()
+    if is_first():
+        state.unlink(missing_ok=True)
+        if notes:
+            shutil.rmtree(notes)
+    tokens = run.step * settings.batch * world * taught.shape[1]
+    return Distilled(run.curve[0][1], run.best, run.step, tokens, run.seconds, run.curve)
+
+
+def _teach(
+    lesson: Lesson,
+    modules: dict[str, TrainableTernary],
+    taught: Tensor,
+    measured: Tensor,
+    settings: Distillation,
+    state: Path,
+    progress: Progress,
+    budget: float | None,
+) -> _Run:
+    """All steps, from the beginning or from where an earlier run stopped; the modules have the best state's values.
+
+    Args:
+        taught, measured: windows to learn from, and those that decide, int64 [B, T].
+    """
+    rank, world = _place()
+    held = [(windows, lesson.ask(windows)[0]) for windows in measured.split(settings.batch)]
     run = _Run.start(modules, settings, lambda: lesson.held_out(held), state)
-    order = _order(len(taught), batches * settings.batch * world, settings).to(device)
+    batches = len(taught) // (settings.batch * world)
+    order = _order(len(taught), batches * settings.batch * world, settings).to(taught.device)
     steps = math.ceil(batches * settings.epochs)
     tokens_a_step = settings.batch * world * taught.shape[1]
     started = time.monotonic() - run.seconds
@@ -128,17 +158,9 @@ def distill(
                 run.seconds = time.monotonic() - started
     if run.step % settings.check:
         run.check(tokens_a_step, None)
+        run.seconds = time.monotonic() - started
     run.restore_best()
-    for block in student.get_submodule(path).children():
-        make_ternary(block)
-    together()
-    if rank == 0:
-        state.unlink(missing_ok=True)
-        if notes:
-            shutil.rmtree(notes)
-    return Distilled(
-        run.curve[0][1], run.best, run.step, run.step * tokens_a_step, time.monotonic() - started, run.curve
-    )
+    return run
 
 
 def _set_apart(ids: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -167,11 +189,11 @@ def _depths(settings: Distillation, blocks: int) -> list[int]:
     return [round((d + 1) * blocks / settings.depths) for d in range(settings.depths)] if settings.off else []
 
 
-def _notes(settings: Distillation, state: Path, windows: Tensor, features: int, progress: Progress) -> Path | None:
+def _notes(settings: Distillation, state: Path, needed: int, progress: Progress) -> Path | None:
     """Where to keep what the teacher says: beside `state`, if text is seen again and the disk has room for it."""
-    if settings.epochs <= 1 or not settings.top:
+    if settings.epochs <= 1:
         return None
-    needed, free = note_bytes(windows.numel(), settings.top, features), shutil.disk_usage(state.parent).free
+    free = shutil.disk_usage(state.parent).free
     if needed > free:
         progress.say(
             f"the teacher is asked again in every epoch: its answers take {size(needed)}, {size(free)} are free."
@@ -273,9 +295,14 @@ def _float_weights(teacher: PreTrainedModel, path: str, index: int) -> dict[str,
     return {linear: linear_weight(module).float() for linear, module in linears(teacher.get_submodule(name), name)}
 
 
+def _place() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def is_first() -> bool:
     """Whether this is the process that writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return _place()[0] == 0
 
 
 def together() -> None:

@@ -2,62 +2,152 @@
 
     loss = KL(teacher || student) + off * mean over some depths of (1 - cosine of features)
 
-Where text is seen more than once, what the teacher says of it can be noted on disk, so that it is computed once.
+A head's logits outweigh everything else in models with large vocabularies: 1024 tokens of Gemma's are 1 GB, and a loss
+on them holds six times as much. So a model is asked in two steps, for its hidden states behind the last block and for
+what its norm and head make of a piece of them; the loss goes from piece to piece, and its gradient with it. Where text
+is seen more than once, those hidden states of the teacher are noted on disk: a thousandth of the logits' size, and all
+that they are made of.
 
 Sources: Hinton et al. (arXiv 1503.02531) for distillation; TernaryLLM (arXiv 2406.07177) for OFF.
 
-Shapes: B windows, T tokens, N = B T, V vocabulary, H hidden, K teacher logits kept for a token, D depths.
+Shapes: B windows, T tokens, P tokens of a piece, V vocabulary, H hidden, D depths.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ternarize.calibration import autocast
+from ternarize.calibration import PIECE_TOKENS, autocast, finish_walk
 from ternarize.files import write_tensors
 from ternarize.tuning import off_loss
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The teacher's distribution for some tokens.
+def divergence(teacher: Tensor, student: Tensor, top: int = 0) -> Tensor:
+    """Mean KL(teacher || student) per token, nats, with gradients for the student.
 
     Args:
-        log_p: [N, V], or [N, K] of its likeliest tokens.
-        index: int64 [N, K], which those are; None for all.
+        teacher, student: logits [..., V].
+        top: with K > 0, the teacher's likeliest K tokens count, and all others as one outcome.
+    """
+    if 0 < top < teacher.shape[-1]:
+        return _top_divergence(teacher, student, top)
+    mean: Tensor = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2))
+    return mean
+
+
+class _Divergence(torch.autograd.Function):
+    """Logits of the student, then of the teacher, [N, V] -> the mean. The gradient, softmax(student) - softmax(teacher),
+    costs a pass more while both are at hand: the logits are not kept for it.
     """
 
-    log_p: Tensor
-    index: Tensor | None
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:  # type: ignore[override]
+        own, other = student.float(), teacher.float()
+        own, other = own - own.logsumexp(-1, keepdim=True), other - other.logsumexp(-1, keepdim=True)
+        likely = other.exp()
+        mean = (likely * (other - own)).sum() / len(own)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(own.exp_().sub_(likely).div_(len(own)).to(student.dtype))
+        return mean
 
-    @classmethod
-    def of(cls, logits: Tensor, top: int) -> Reference:
-        """From logits [..., V]; `top` is K, 0 for all."""
-        log_p = logits.flatten(0, -2).float().log_softmax(-1)
-        if not top or top >= log_p.shape[-1]:
-            return cls(log_p, None)
-        values, index = log_p.topk(top)
-        return cls(values, index)
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None
 
-    def divergence(self, logits: Tensor) -> Tensor:
-        """Mean KL(teacher || student) per token, nats; tokens outside the likeliest K count as one outcome.
 
-        Args:
-            logits: the student's, [..., V].
-        """
-        log_q = logits.flatten(0, -2).float().log_softmax(-1)
-        if self.index is None:
-            return nn.functional.kl_div(log_q, self.log_p, reduction="batchmean", log_target=True)
-        log_q = log_q.gather(1, self.index)
-        rest_p, rest_q = (1 - part.exp().sum(1).clamp(max=1 - 1e-6) for part in (self.log_p, log_q))
-        inside = (self.log_p.exp() * (self.log_p - log_q)).sum(1)
-        return (inside + rest_p * (rest_p / rest_q).log()).mean()
+def _top_divergence(teacher: Tensor, student: Tensor, top: int) -> Tensor:
+    log_p, index = teacher.flatten(0, -2).float().log_softmax(-1).topk(top)
+    log_q = student.flatten(0, -2).float().log_softmax(-1).gather(1, index)
+    rest_p, rest_q = (1 - part.exp().sum(1).clamp(max=1 - 1e-6) for part in (log_p, log_q))
+    inside = (log_p.exp() * (log_p - log_q)).sum(1)
+    return (inside + rest_p * (rest_p / rest_q).log()).mean()
+
+
+def piecewise_mean(hidden: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Mean over the tokens of hidden states [B, T, H] of a loss that looks at each token alone; with gradients.
+
+    Args:
+        loss: the mean over those tokens, of hidden states [B, P, H] and the slice of T that they are.
+    """
+    mean: Tensor = _PiecewiseMean.apply(hidden, loss)
+    return mean
+
+
+class _PiecewiseMean(torch.autograd.Function):
+    """The gradient of each piece is taken as soon as its loss is known, so that no two pieces are held together."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:  # type: ignore[override]
+        learning = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if learning else hidden.new_empty(0)
+        count, tokens = hidden.shape[:2]
+        width = max(1, PIECE_TOKENS // count)
+        mean = 0.0
+        for start in range(0, tokens, width):
+            part = slice(start, min(start + width, tokens))
+            piece = hidden[:, part].detach().requires_grad_(learning)
+            with torch.set_grad_enabled(learning):
+                value = loss(piece, part) * ((part.stop - start) / tokens)
+            if learning:
+                (gradient[:, part],) = torch.autograd.grad(value, piece)
+            mean += float(value)
+        ctx.save_for_backward(gradient)
+        return torch.tensor(mean, device=hidden.device)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return upstream.to(gradient.dtype) * gradient, None
+
+
+class Reader:
+    """A whole model, asked in two steps.
+
+    Args:
+        model: a causal language model.
+        path: of its list of blocks.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        self.model, blocks = model, model.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
+        self._tuples = False  # whether the blocks return tuples
+
+    def hidden(self, windows: Tensor, depths: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [B, T, H] behind the last block, and those at each of the depths, of windows int64 [B, T]."""
+        last: list[Tensor] = []
+
+        def take(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            self._tuples = isinstance(output, tuple)
+            last.append(output[0] if self._tuples else output)
+
+        hook = self.blocks[-1].register_forward_hook(take)
+        try:
+            out = self.model(
+                input_ids=windows, use_cache=False, output_hidden_states=bool(depths), **self._few_logits()
+            )
+        finally:
+            hook.remove()
+        return last[0], [out.hidden_states[depth] for depth in depths]
+
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits [B, P, V] of hidden states [B, P, H] behind the last block; ids, int64 [B, P], are of these tokens."""
+        return finish_walk(self.model, self.blocks, hidden, ids, self._tuples)
+
+    def _few_logits(self) -> dict[str, int]:
+        """What spares the model the logits of all tokens but the last, where it knows how."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -67,11 +157,11 @@ class Lesson:
     Args:
         depths: of the hidden states that OFF compares; off: its weight.
         top: K for the loss, 0 for all.
-        notes: a folder in which what the teacher says of each window is kept, rounded to 16 bits; needs a `top`.
+        notes: a folder in which the teacher's hidden states of each window are kept, rounded to bfloat16.
     """
 
-    student: PreTrainedModel
-    teacher: PreTrainedModel
+    student: Reader
+    teacher: Reader
     depths: list[int]
     off: float
     top: int = 0
@@ -79,55 +169,53 @@ class Lesson:
 
     def loss(self, windows: Tensor, numbers: list[int]) -> Tensor:
         """What the student is to lower, with gradients; `numbers` name the windows in the notes."""
-        expected, features = self.look_up(windows, numbers) if self.notes else self.ask(windows, self.top)
+        expected, features = self.look_up(windows, numbers) if self.notes else self.ask(windows)
         with torch.enable_grad(), autocast(windows.device):
-            out = self.student(input_ids=windows, use_cache=False, output_hidden_states=bool(self.depths))
-            loss = expected.divergence(out.logits)
-            for depth, feature in zip(self.depths, features, strict=True):
-                loss = loss + self.off / len(self.depths) * off_loss(out.hidden_states[depth], feature)
+            hidden, own = self.student.hidden(windows, self.depths)
+            loss = self.divergence(windows, expected, hidden, self.top)
+            for feature, other in zip(own, features, strict=True):
+                loss = loss + self.off / len(self.depths) * off_loss(feature, other)
         return loss
 
     @torch.no_grad()
-    def held_out(self, held: list[tuple[Tensor, Reference]]) -> float:
-        """Mean KL over held-out windows, nats a token."""
+    def held_out(self, held: list[tuple[Tensor, Tensor]]) -> float:
+        """Mean KL over held-out windows, nats a token; each batch with the teacher's hidden states."""
         total = 0.0
         for windows, expected in held:
             with autocast(windows.device):
-                kl = expected.divergence(self.student(input_ids=windows, use_cache=False).logits)
-            total += float(kl) * len(windows)
+                hidden, _ = self.student.hidden(windows, [])
+                total += float(self.divergence(windows, expected, hidden)) * len(windows)
         return total / sum(len(windows) for windows, _ in held)
 
-    @torch.no_grad()
-    def ask(self, windows: Tensor, top: int) -> tuple[Reference, list[Tensor]]:
-        """The teacher's distributions, K = top, and its features [B, T, H] at each depth."""
-        with autocast(windows.device):
-            out = self.teacher(input_ids=windows, use_cache=False, output_hidden_states=bool(self.depths))
-        return Reference.of(out.logits, top), [out.hidden_states[d] for d in self.depths]
+    def divergence(self, windows: Tensor, expected: Tensor, hidden: Tensor, top: int = 0) -> Tensor:
+        """Mean KL per token between what teacher and student make of their hidden states [B, T, H]."""
 
-    def look_up(self, windows: Tensor, numbers: list[int]) -> tuple[Reference, list[Tensor]]:
+        def of_piece(piece: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                teacher = self.teacher.logits(expected[:, part], windows[:, part])
+            return divergence(teacher, self.student.logits(piece, windows[:, part]), top)
+
+        return piecewise_mean(hidden, of_piece)
+
+    @torch.no_grad()
+    def ask(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's hidden states [B, T, H] behind its last block, and at each depth."""
+        with autocast(windows.device):
+            return self.teacher.hidden(windows, self.depths)
+
+    def look_up(self, windows: Tensor, numbers: list[int]) -> tuple[Tensor, list[Tensor]]:
         """What `ask` gives, from the notes; what they lack is asked for, and noted."""
         assert self.notes is not None
         files = [self.notes / f"{number}.safetensors" for number in numbers]
         if not all(file.exists() for file in files):
-            for note, file in zip(_notes(*self.ask(windows, self.top), len(windows)), files, strict=True):
-                write_tensors(file, note)
-        notes = [load_file(file, device=str(windows.device)) for file in files]
-        log_p, index = (torch.cat([note[key] for note in notes]) for key in ("log_p", "index"))
-        features = [torch.stack([note["features"][d] for note in notes]) for d in range(len(self.depths))]
-        return Reference(log_p.float(), index.long()), features
+            hidden, features = self.ask(windows)
+            for row, file in enumerate(files):
+                write_tensors(file, {"hidden": torch.stack([part[row] for part in (hidden, *features)]).bfloat16()})
+        noted = [load_file(file, device=str(windows.device))["hidden"] for file in files]
+        hidden, *features = torch.stack(noted, 1)
+        return hidden, features
 
 
-def _notes(expected: Reference, features: list[Tensor], windows: int) -> list[dict[str, Tensor]]:
-    """For each window: log_p fp16 [T, K], index int32 [T, K], features bf16 [D, T, H]."""
-    assert expected.index is not None
-    log_p, index = (part.unflatten(0, (windows, -1)) for part in (expected.log_p.half(), expected.index.int()))
-    stacked = torch.stack(features, 1) if features else log_p.new_empty(windows, 0)
-    return [
-        {"log_p": log_p[number], "index": index[number], "features": stacked[number].bfloat16()}
-        for number in range(windows)
-    ]
-
-
-def note_bytes(tokens: int, top: int, features: int) -> int:
-    """What the notes of so many tokens take on disk, with so many features of each."""
-    return tokens * (6 * top + 2 * features)
+def note_bytes(tokens: int, hidden_size: int, depths: int) -> int:
+    """What the notes of so many tokens take on disk."""
+    return 2 * tokens * hidden_size * (1 + depths)

@@ -114,48 +114,68 @@ def encode_levels(
         limits: float32 [4] to code within; chosen from the values where None.
     """
     limits = choose_limits(scale, shift) if limits is None else limits
-    lo, hi, span, reach = limits.double().tolist()
-    octaves = scale.double().log2()
-    row = ((octaves.amax(-1, keepdim=True) - lo) * (255 / max(hi - lo, 1e-9))).round().clamp(0, 255)
-    top = lo + (hi - lo) * row / 255
-    largest = 2**scale_bits - 1
-    code = ((top - octaves) * (largest / span)).round().clamp(0, largest)
+    row, code, shift_code = _level_codes(scale, shift, scale_bits, shift_bits, limits)
     nibbles = [_to_nibbles(code, scale_bits)]
-    if shift is not None:
-        middle = 2 ** (shift_bits - 1)
-        stored = torch.exp2(top - span * code / largest)
-        code = (shift.double() / stored * ((middle - 1) / reach)).round().clamp(1 - middle, middle - 1) + middle
-        nibbles.append(_to_nibbles(code, shift_bits))
+    if shift_code is not None:
+        nibbles.append(_to_nibbles(shift_code, shift_bits))
     record = torch.cat([row.to(torch.uint8), _join_nibbles(torch.cat(nibbles, -1))], -1)
     return Levels(record, limits, scale_bits, 0 if shift is None else shift_bits)
 
 
 def decode_levels(levels: Levels, groups: int) -> tuple[Tensor, Tensor | None]:
     """Scale and shift, fp16 [O, G]; shift is None where the grid has none."""
-    lo, hi, span, reach = levels.limits.double().tolist()
     nibbles = _split_nibbles(levels.record[:, 1:])
-    middle_nibble = groups * levels.scale_bits // 4
-    code = _from_nibbles(nibbles[:, :middle_nibble], levels.scale_bits)
-    top = lo + (hi - lo) * levels.record[:, :1].double() / 255
-    steps = torch.arange(2**levels.scale_bits, dtype=torch.float64, device=code.device)
-    table = torch.exp2(top - span * steps / (len(steps) - 1))  # [O, 2^bits]: a row's scales are among these
-    scale = table.clamp(min=torch.finfo(torch.float16).smallest_normal).half().gather(1, code)
-    shift = None
+    middle = groups * levels.scale_bits // 4
+    code = _from_nibbles(nibbles[:, :middle], levels.scale_bits)
+    shift_code = None
     if levels.shift_bits:
-        middle = 2 ** (levels.shift_bits - 1)
-        last_nibble = middle_nibble + groups * levels.shift_bits // 4
-        shift_code = _from_nibbles(nibbles[:, middle_nibble:last_nibble], levels.shift_bits)
-        shift = (table.gather(1, code) * reach * (shift_code - middle) / (middle - 1)).half()
-    return scale, shift
+        shift_code = _from_nibbles(nibbles[:, middle : middle + groups * levels.shift_bits // 4], levels.shift_bits)
+    return _coded_levels(
+        levels.record[:, :1], code, shift_code, levels.scale_bits, levels.shift_bits, levels.limits
+    )
 
 
 def round_levels(
-    scale: Tensor, shift: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Levels]:
-    """What the codes of `encode_levels` give back, float32 [O, G] each, and the codes."""
-    levels = encode_levels(scale, shift, scale_bits, shift_bits, limits)
-    stored, stored_shift = decode_levels(levels, scale.shape[1])
-    return stored.float(), None if stored_shift is None else stored_shift.float(), levels
+    scale: Tensor, shift: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What the codes of `encode_levels` give back, float32 [O, G] each."""
+    codes = _level_codes(scale, shift, scale_bits, shift_bits, limits)
+    stored, stored_shift = _coded_levels(*codes, scale_bits, shift_bits, limits)
+    return stored.float(), None if stored_shift is None else stored_shift.float()
+
+
+def _level_codes(
+    scale: Tensor, shift: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes of the rows' tops [O, 1], of scales and of shifts [O, G], whole numbers in float64."""
+    lo, hi, span, reach = limits.double().tolist()
+    octaves = scale.double().log2()
+    row = ((octaves.amax(-1, keepdim=True) - lo) * (255 / max(hi - lo, 1e-9))).round().clamp(0, 255)
+    top = lo + (hi - lo) * row / 255
+    largest = 2**scale_bits - 1
+    code = ((top - octaves) * (largest / span)).round().clamp(0, largest)
+    if shift is None:
+        return row, code, None
+    middle = 2 ** (shift_bits - 1)
+    stored = torch.exp2(top - span * code / largest)
+    position = (shift.double() / stored * ((middle - 1) / reach)).round()
+    return row, code, position.clamp(1 - middle, middle - 1) + middle
+
+
+def _coded_levels(
+    row: Tensor, code: Tensor, shift_code: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift, fp16 [O, G], of codes as `_level_codes` gives them, in any type."""
+    lo, hi, span, reach = limits.double().tolist()
+    top = lo + (hi - lo) * row.double() / 255
+    steps = torch.arange(2**scale_bits, dtype=torch.float64, device=code.device)
+    table = torch.exp2(top - span * steps / (len(steps) - 1))  # [O, 2^bits]: a row's scales are among these
+    code = code.long()
+    scale = table.clamp(min=torch.finfo(torch.float16).smallest_normal).half().gather(1, code)
+    if shift_code is None:
+        return scale, None
+    middle = 2 ** (shift_bits - 1)
+    return scale, (table.gather(1, code) * reach * (shift_code - middle) / (middle - 1)).half()
 
 
 def level_row_bytes(groups: int, scale_bits: int, shift_bits: int) -> int:

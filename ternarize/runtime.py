@@ -185,8 +185,7 @@ class TernaryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in x's dtype."""
         if self._unpacked is not None:
-            out = nn.functional.linear(x, self._unpacked)
-            return out if self.bias is None else out + self.bias.to(out.dtype)
+            return _float_product(x, self._unpacked, self.bias)
         if self.activations is not None and kernels.usable(x, self.bias):
             packed, exact = self.pack(), self.activations == "float"
             if packed is not None and packed.takes(x, exact):
@@ -284,6 +283,7 @@ class TableHead(nn.Module):
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
         self.activations: str | None = None  # as in TernaryLinear
+        self._unpacked: Tensor | None = None  # likewise
 
     @classmethod
     def from_weight(cls, weight: Tensor, group_size: int, bits: int = 8, bias: Tensor | None = None) -> TableHead:
@@ -301,6 +301,8 @@ class TableHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
+        if self._unpacked is not None:
+            return _float_product(x, self._unpacked, self.bias)
         return _table_product(x, self.weight, self.bias, self.group_size, self.bits, self.activations)
 
 
@@ -315,6 +317,11 @@ class TiedTableHead(nn.Module):
         self.bias = bias
         self.out_features, self.in_features = embedding.num_embeddings, embedding.embedding_dim
         self.activations: str | None = None  # as in TernaryLinear
+        self._unpacked: Tensor | None = None  # likewise
+
+    def dequantize(self) -> Tensor:
+        """The float32 table, [V, H]."""
+        return self.embedding.dequantize()
 
     @property
     def weight(self) -> Tensor:
@@ -327,8 +334,15 @@ class TiedTableHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., V], in x's dtype."""
+        if self._unpacked is not None:
+            return _float_product(x, self._unpacked, self.bias)
         table = self.embedding.weight.to(x.device)
         return _table_product(x, table, self.bias, self.embedding.group_size, self.embedding.bits, self.activations)
+
+
+def _float_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = nn.functional.linear(x, weight)
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def _table_product(
@@ -348,13 +362,15 @@ def _same(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bo
 
 
 @contextmanager
-def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a block's ternary linears keep their weights unpacked for now, in `dtype`: it is to run many batches."""
-    ternary = [module for module in block.modules() if isinstance(module, TernaryLinear)]
-    for module in ternary:
+def unpacked(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let the ternary linears and heads of a model, or of a part of one, keep their weights unpacked for now, in
+    `dtype`: they are to run many times.
+    """
+    packed = [module for module in model.modules() if isinstance(module, (TernaryLinear, TableHead, TiedTableHead))]
+    for module in packed:
         module._unpacked = module.dequantize().to(dtype)
     try:
         yield
     finally:
-        for module in ternary:
+        for module in packed:
             module._unpacked = None

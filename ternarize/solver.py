@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ternarize.errors import TernarizeError
 from ternarize.grids import fit_grid, nearest
-from ternarize.packing import round_levels
+from ternarize.packing import decode_levels, encode_levels
 from ternarize.recipe import Recipe
 from ternarize.tensor import Levels, TernaryTensor, expand_groups, sum_groups
 
@@ -132,10 +132,9 @@ class Stored:
         scale, shift = _fp16(scale).clamp(min=SMALLEST_SCALE), _fp16(shift)
         if recipe.scale_bits == 16:
             return cls(scale, shift, None, with_shift)
-        coded, coded_shift, levels = round_levels(
-            scale, shift if with_shift else None, recipe.scale_bits, recipe.shift_bits
-        )
-        return cls(coded, shift if coded_shift is None else coded_shift, levels, with_shift)
+        levels = encode_levels(scale, shift if with_shift else None, recipe.scale_bits, recipe.shift_bits)
+        coded, coded_shift = decode_levels(levels, scale.shape[1])
+        return cls(coded.float(), shift if coded_shift is None else coded_shift.float(), levels, with_shift)
 
     def per_column(self, in_features: int, group_size: int) -> tuple[Tensor, Tensor]:
         """Scale and shift of every weight, [O, I]."""

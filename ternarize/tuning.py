@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,29 +30,15 @@ from torch import Tensor, nn
 
 from ternarize.architecture import replace_module
 from ternarize.calibration import Walk, autocast, first_held_out
-from ternarize.packing import round_levels
+from ternarize.learnt import learnt_linear, nearest_trits, times_scale
+from ternarize.packing import encode_levels, round_levels
 from ternarize.recipe import Learning, Recipe
 from ternarize.runtime import TernaryLinear
 from ternarize.solver import SMALLEST_SCALE
-from ternarize.steady import steady_linear
-from ternarize.tensor import Levels, TernaryTensor, expand_groups
+from ternarize.tensor import TernaryTensor, expand_groups
 
 HUBER = 1.0  # where the loss turns linear, in the tokens' units
 SHARPEST = 30.0  # of the softened codes, when they are hardened
-
-
-class _NearestTrit(torch.autograd.Function):
-    """Forward the nearest trit; backward the identity where the position lies in -1..1."""
-
-    @staticmethod
-    def forward(ctx: Any, position: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(position.abs() <= 1.0)
-        return position.round().clamp_(-1, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (inside,) = ctx.saved_tensors
-        return gradient * inside
 
 
 class TrainableTernary(nn.Module):
@@ -101,29 +86,27 @@ class TrainableTernary(nn.Module):
     def _columns(self, per_group: Tensor) -> Tensor:
         return expand_groups(per_group, self.in_features, self.group_size)
 
-    def stored_levels(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift [O, G] in their stored form, with straight-through gradients."""
+    def stored_levels(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and shift [O, G] in their stored form, with straight-through gradients; None without a shift."""
         scale, shift = self._levels()
         with torch.no_grad():
-            kept_scale, kept_shift, _ = self._round(scale, shift)
-        return scale + (kept_scale - scale).detach(), shift + (kept_shift - shift).detach()
+            kept_scale, kept_shift = self._round(scale, shift)
+        scale = scale + (kept_scale - scale).detach()
+        return scale, None if shift is None or kept_shift is None else shift + (kept_shift - shift).detach()
 
-    def _levels(self) -> tuple[Tensor, Tensor]:
+    def _levels(self) -> tuple[Tensor, Tensor | None]:
         scale = (self.scale_0 * (2 * torch.sigmoid(self.scale_factor))).clamp(min=SMALLEST_SCALE)
-        return scale, self.shift_0 + self.scale_0 * (torch.sigmoid(self.shift_factor) - 0.5)
+        shift = self.shift_0 + self.scale_0 * (torch.sigmoid(self.shift_factor) - 0.5) if self.with_shift else None
+        return scale, shift
 
-    def _round(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Levels | None]:
+    def _round(self, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.levels is None:
-            return scale.half().float(), shift.half().float(), None
-        levels = self.levels
-        kept_scale, kept_shift, coded = round_levels(
-            scale, shift if self.with_shift else None, levels.scale_bits, levels.shift_bits, levels.limits
-        )
-        return kept_scale, shift if kept_shift is None else kept_shift, coded
+            return scale.half().float(), None if shift is None else shift.half().float()
+        return round_levels(scale, shift, self.levels.scale_bits, self.levels.shift_bits, self.levels.limits)
 
     def position(self) -> Tensor:
-        """Latents in units of twice the threshold, [O, I]: what is rounded to trits."""
-        latent: Tensor = self.latent.float() if self.steady else self.latent
+        """Latents in units of twice the threshold, [O, I], which are rounded to trits; or the trits that stay, int8."""
+        latent: Tensor = self.latent
         if self.down is not None and self.up is not None:
             with torch.autocast(latent.device.type, enabled=False):  # the codes are to be the same when they are packed
                 latent = latent + self.up @ self.down
@@ -131,33 +114,33 @@ class TrainableTernary(nn.Module):
             return latent
         return latent / self._columns(2 * torch.sigmoid(self.threshold_factor))
 
-    def weight(self) -> Tensor:
-        """The float32 weight [O, I] of this moment."""
+    def soft_weight(self) -> Tensor:
+        """The float32 weight [O, I] with trits as soft as `sharpness` says."""
         scale, shift = self.stored_levels()
-        position = self.position()
-        if math.isinf(self.sharpness):
-            trits = _NearestTrit.apply(position)
-        else:
-            s = self.sharpness
-            trits = (torch.tanh(s * (position - 0.5)) + torch.tanh(s * (position + 0.5))) / (2 * math.tanh(s / 2))
-        weight = self._columns(scale) * trits
-        return weight + self._columns(shift) if self.with_shift else weight
+        position, s = self.position(), self.sharpness
+        trits = (torch.tanh(s * (position - 0.5)) + torch.tanh(s * (position + 0.5))) / (2 * math.tanh(s / 2))
+        weight = times_scale(trits, scale, self.group_size)
+        return weight if shift is None else weight + self._columns(shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in x's dtype, or in autocast's."""
-        if self.steady:
-            scale, shift = self.stored_levels()
-            out = steady_linear(x, self.latent, scale, shift if self.with_shift else None, self.group_size)
-            return out if self.bias is None else out + self.bias.to(out.dtype)
-        return nn.functional.linear(x, self.weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if math.isinf(self.sharpness) or self.steady:
+            out = learnt_linear(x, self.position(), *self.stored_levels(), self.group_size)
+        else:
+            out = nn.functional.linear(x, self.soft_weight().to(x.dtype))
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @torch.no_grad()
     def to_ternary(self) -> TernaryLinear:
         """What was learnt, packed."""
-        trits = self.position().round().clamp_(-1, 1).to(torch.int8)
-        scale, shift, coded = self._round(*self._levels())
-        kept = shift.half() if self.with_shift else None
-        linear = TernaryLinear.from_tensor(TernaryTensor(trits, scale.half(), kept, self.group_size, coded), self.bias)
+        trits = nearest_trits(self.position()).to(torch.int8)
+        scale, shift = self._levels()
+        levels = self.levels
+        if levels is not None:
+            levels = encode_levels(scale, shift, levels.scale_bits, levels.shift_bits, levels.limits)
+        scale, shift = self._round(scale, shift)
+        tensor = TernaryTensor(trits, scale.half(), None if shift is None else shift.half(), self.group_size, levels)
+        linear = TernaryLinear.from_tensor(tensor, self.bias)
         linear.replaces = self.replaces
         return linear
 

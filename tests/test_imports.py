@@ -46,7 +46,7 @@ ORDER = (
     "reading",
     "text",
     "calibration",
-    "steady",
+    "learnt",
     "tuning",
     "lesson",
     "distill",

@@ -26,7 +26,7 @@ from ternarize import TernaryLinear, TernaryTensor, cli, quantizer
 from ternarize.errors import TernarizeError
 from ternarize.kernels import cpu, reference
 from ternarize.kernels.builtin import MOST_TOKENS
-from ternarize.packing import dequantize_table, pack_trits, quantize_table, round_levels
+from ternarize.packing import decode_levels, dequantize_table, encode_levels, pack_trits, quantize_table
 from ternarize.runtime import TableEmbedding, TableHead, TiedTableHead
 from ternarize.swap import run_natively
 from ternarize.tensor import expand_groups, group_count
@@ -198,7 +198,8 @@ def test_sixteen_bit_floats_of_every_kind(path: cpu.Native) -> None:
 @pytest.mark.parametrize("shift", [True, False])
 def test_coded_levels_have_the_values_of_the_file(path: cpu.Native, bits: int, shift: bool) -> None:
     plain = random_weight(24, 200, 64, shift)
-    scale, shifts, levels = round_levels(plain.scale, plain.shift, bits, bits if shift else 0)
+    levels = encode_levels(plain.scale, plain.shift, bits, bits if shift else 0)
+    scale, shifts = decode_levels(levels, plain.scale.shape[1])
     linear = TernaryLinear.from_tensor(TernaryTensor(plain.trits, scale, shifts, 64, levels))
     x = torch.randn(5, 200)
     want = linear(x)

@@ -28,7 +28,7 @@ from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import convert_window
 from ternarize.calibration import batches, mix_random, start_walk
 from ternarize.evaluate import load_any
-from ternarize.lesson import Reference
+from ternarize.lesson import divergence
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.report import dump_json
@@ -67,7 +67,7 @@ def divergences(student: PreTrainedModel, teacher: PreTrainedModel, windows: Ten
     found = []
     for window in windows:
         said, answer = (model(window[None], use_cache=False).logits for model in (teacher, student))
-        found.append(float(Reference.of(said, 0).divergence(answer)))
+        found.append(float(divergence(said, answer)))
     return found
 
 
