@@ -1,17 +1,22 @@
 """ternarize: a Hugging Face checkpoint goes in, a ternary one comes out.
 
-Importing this package registers its loader with transformers, and does nothing else.
+Importing this package registers its loader with transformers, and lets OpenMP's threads sleep while they wait, where
+that can still be said.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ternarize.progress import Progress
-from ternarize.quantizer import TernarizeConfig, load
-from ternarize.recipe import Recipe
-from ternarize.runtime import TernaryLinear
-from ternarize.tensor import TernaryTensor
+from ternarize.process import sleep_while_waiting
+
+sleep_while_waiting()
+
+from ternarize.progress import Progress  # noqa: E402
+from ternarize.quantizer import TernarizeConfig, load  # noqa: E402
+from ternarize.recipe import Recipe  # noqa: E402
+from ternarize.runtime import TernaryLinear  # noqa: E402
+from ternarize.tensor import TernaryTensor  # noqa: E402
 
 if TYPE_CHECKING:
     from ternarize.conversion import convert

@@ -44,6 +44,7 @@ from ternarize.files import copy_side_files, write_tensors, write_text
 from ternarize.format import TRIPWIRE, Layout
 from ternarize.gate import compare_walks, judge
 from ternarize.plan import RANK_LENGTH, RANK_WINDOWS, Plan, check_room, make_plan
+from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import DEFAULT, Recipe
 from ternarize.refine import distill_folder
@@ -129,7 +130,7 @@ def carry_out(job: Job, budget: float | None = None, command: str | None = None)
     """Convert an opened checkpoint into a workspace's output; arguments, result and errors are those of `convert`."""
     recipe, work = job.recipe, job.work
     check_room(job.plan, work.output)
-    with work.stoppable(job.plan.peak_memory):
+    with work.stoppable(job.plan.peak_memory), kept_memory():
         work.open(arguments(job.checkpoint, recipe, job.device))
         report, evaluation, ids = _convert(job)
         left = None if budget is None else budget - (time.monotonic() - work.started)

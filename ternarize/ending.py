@@ -13,12 +13,13 @@ Shapes: B windows in a batch, T tokens, H hidden.
 from __future__ import annotations
 
 from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ternarize.architecture import find_blocks
 from ternarize.block import advance
-from ternarize.calibration import Walk, finish_walk
+from ternarize.calibration import Walk, finish_walk, product_dtype
 from ternarize.checkpoint import Checkpoint, place
 from ternarize.lesson import divergence, piecewise_mean
 from ternarize.progress import Progress
@@ -51,6 +52,8 @@ def tune_ending(
     path, blocks = find_blocks(outside)
     checkpoint.load(outside, "", exclude=f"{path}.")
     place(outside, str(ids[0].device))
+    if isinstance(head := outside.get_output_embeddings(), nn.Module):
+        head.to(product_dtype(ids[0].device))  # once, not for every piece
 
     def loss(batch: int) -> Tensor:
         hidden = student.through(list(window.values()), first, batch, student.hidden[batch])

@@ -45,8 +45,9 @@ def divergence(teacher: Tensor, student: Tensor, top: int = 0) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Logits of the student, then of the teacher, [N, V] -> the mean. The gradient, softmax(student) - softmax(teacher),
-    costs a pass more while both are at hand: the logits are not kept for it.
+    """Logits of the student, then of the teacher, [N, V] -> the mean.
+
+    The gradient, softmax(student) - softmax(teacher), costs a pass more while both are at hand, and they are not kept.
     """
 
     @staticmethod

@@ -130,9 +130,7 @@ def decode_levels(levels: Levels, groups: int) -> tuple[Tensor, Tensor | None]:
     shift_code = None
     if levels.shift_bits:
         shift_code = _from_nibbles(nibbles[:, middle : middle + groups * levels.shift_bits // 4], levels.shift_bits)
-    return _coded_levels(
-        levels.record[:, :1], code, shift_code, levels.scale_bits, levels.shift_bits, levels.limits
-    )
+    return _coded_levels(levels.record[:, :1], code, shift_code, levels.scale_bits, levels.shift_bits, levels.limits)
 
 
 def round_levels(
@@ -153,7 +151,7 @@ def _level_codes(
     row = ((octaves.amax(-1, keepdim=True) - lo) * (255 / max(hi - lo, 1e-9))).round().clamp(0, 255)
     top = lo + (hi - lo) * row / 255
     largest = 2**scale_bits - 1
-    code = ((top - octaves) * (largest / span)).round().clamp(0, largest)
+    code = ((top - octaves) * (largest / span)).round().clamp(0, largest).nan_to_num()  # a step that went wrong
     if shift is None:
         return row, code, None
     middle = 2 ** (shift_bits - 1)

@@ -15,6 +15,7 @@ from ternarize.distill import distill, is_first, together
 from ternarize.evaluate import Evaluation, compare, load_any
 from ternarize.files import rewrite_tensors, write_text
 from ternarize.gate import judge
+from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.report import RECIPE_FILE, Report, peak_memory
@@ -128,7 +129,7 @@ def distill_again(
         work.open(arguments(checkpoint, recipe, device) | {"student": str(folder.resolve())})
         work.copy_final(folder)
     together()
-    with work.stoppable():
+    with work.stoppable(), kept_memory():
         report, evaluation = distill_folder(
             work.final, checkpoint, report, recipe, work.distillation, progress, device, budget
         )

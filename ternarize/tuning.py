@@ -197,8 +197,11 @@ def tune(
         walk: how each block is called.
     """
 
+    units = [channel_unit(hidden) for hidden in exit_]
+
     def loss(batch: int) -> Tensor:
-        return window_loss(walk.through(window, first, batch, entrance[batch]), exit_[batch], recipe.tune.off)
+        student = walk.through(window, first, batch, entrance[batch])
+        return window_loss(student, exit_[batch], units[batch], recipe.tune.off)
 
     return learn(window, loss, len(entrance), recipe.tune.epochs, recipe)
 
@@ -262,7 +265,7 @@ def learn(
     return Tuned(before, after, kept, steps)
 
 
-def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
+def window_loss(student: Tensor, teacher: Tensor, channel: Tensor, off: float) -> Tensor:
     """Huber loss in units of each channel and token, plus `off` times one minus the cosine; a mean over tokens.
 
     Both units are geometric means, of a channel's (token's) own size and that of the median one, because a few are
@@ -273,8 +276,8 @@ def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
 
     Args:
         student, teacher: [B, T, H].
+        channel: the unit of each [H], as `channel_unit` finds it in the teacher's.
     """
-    channel = channel_unit(teacher.float())
     student, teacher = student.float() / channel, teacher.float() / channel
     size = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     unit = (size * size.median()).sqrt()
@@ -285,11 +288,11 @@ def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
 
 
 def channel_unit(teacher: Tensor) -> Tensor:
-    """What the channels of float32 features [..., H] are measured in [H], by their median magnitudes over the tokens.
+    """What the channels of features [..., H] are measured in, float32 [H], by their median magnitudes over the tokens.
 
     Medians, so that the few tokens that are hundreds of times the others do not set the unit for all.
     """
-    own = teacher.abs().flatten(0, -2).median(0).values
+    own = teacher.float().abs().flatten(0, -2).median(0).values
     middle = own.median().clamp(min=1e-6)
     return (own.clamp(min=0.01 * middle) * middle).sqrt()  # a channel that is idle is not all that counts either
 

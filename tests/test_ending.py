@@ -12,8 +12,8 @@ from tiny import contents, make_checkpoint, make_recipe, read_tensors
 from ternarize import Recipe, conversion
 from ternarize.checkpoint import Checkpoint
 from ternarize.conversion import convert
-from ternarize.ending import piecewise_mean
 from ternarize.errors import StoppedError
+from ternarize.lesson import piecewise_mean
 from ternarize.plan import make_plan
 from ternarize.progress import Progress
 from ternarize.report import Report
@@ -71,7 +71,7 @@ def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(
 
 @pytest.mark.parametrize(("shape", "at_once"), [((1, 7, 4), 3), ((3, 8, 4), 6), ((2, 5, 4), 1), ((2, 5, 4), 99)])
 def test_a_mean_by_pieces_is_the_mean(shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ternarize.ending.PIECE_TOKENS", at_once)
+    monkeypatch.setattr("ternarize.lesson.PIECE_TOKENS", at_once)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
     seen: list[int] = []

@@ -22,6 +22,7 @@ from ternarize.recipe import Recipe
 PACKAGE = Path(ternarize.__file__).parent
 ORDER = (
     "errors",
+    "process",
     "tensor",
     "packing",
     "grids",
