@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TernarizeError(Exception):
     """Something the user can mend: bad input, a bad file, no room. The message is complete as it stands."""
@@ -23,3 +26,9 @@ class StoppedError(TernarizeError):
     """The work stopped early (Ctrl-C, disk full, no memory); what is done is on disk and can be resumed."""
 
     exit_code = 4
+
+
+def nearest(word: str, known: Iterable[object]) -> str:
+    """` (did you mean 'x'?)` for what a mistyped name may have meant, or "" where nothing is near."""
+    close = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -7,7 +7,6 @@ The recipes that ship lie in `recipes/`; `Recipe.load("fast")` reads one by name
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, nearest
 from ternarize.grids import Grid
 
 DEFAULT = "balanced"
@@ -243,7 +242,7 @@ class Recipe:
             if not path.is_file():
                 raise TernarizeError(
                     f"recipe {str(name)!r} is not one of those shipped ({', '.join(shipped())}) and not a .yaml file"
-                    f"{_nearest(str(name), shipped())}. Give one of the names, or the path of a YAML file."
+                    f"{nearest(str(name), shipped())}. Give one of the names, or the path of a YAML file."
                 )
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -279,7 +278,7 @@ class Recipe:
                 inner = target.get(parent)
                 if not isinstance(inner, dict):
                     raise TernarizeError(
-                        f"setting {setting!r}: {parent!r} has no keys inside{_nearest(parent, target)}. "
+                        f"setting {setting!r}: {parent!r} has no keys inside{nearest(parent, target)}. "
                         "calibration, tune and distill are nested, as in calibration.samples=128."
                     )
                 target = inner
@@ -318,8 +317,7 @@ def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
     for key, value in values.items():
         if key not in hints:
             raise TernarizeError(
-                f"{where}: unknown key {prefix + str(key)!r}{_nearest(str(key), hints)}. "
-                f"Known keys: {', '.join(hints)}."
+                f"{where}: unknown key {prefix + str(key)!r}{nearest(str(key), hints)}. Known keys: {', '.join(hints)}."
             )
         known[key] = _convert(value, hints[key], where, prefix + key)
     return cls(**known)
@@ -333,7 +331,7 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        expected = "one of " + ", ".join(map(str, arguments)) + _nearest(str(value), arguments)
+        expected = "one of " + ", ".join(map(str, arguments)) + nearest(str(value), arguments)
     elif origin in (types.UnionType, typing.Union):
         if value is None:
             return None
@@ -352,11 +350,6 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
     else:
         expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
     raise TernarizeError(f"{where}: {key} is {value!r}, but must be {expected}.")
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _require(holds: bool, key: str, value: object, rule: str) -> None:

@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, nearest
 from ternarize.progress import quiet_transformers
 
 if TYPE_CHECKING:
@@ -162,7 +162,9 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 def _sample(name: str) -> Path:
     sample = SAMPLES.get(name)
     if sample is None:
-        raise TernarizeError(f"sample:{name} is not known. Samples: {', '.join('sample:' + n for n in SAMPLES)}.")
+        raise TernarizeError(
+            f"sample:{name} is not known{nearest(name, SAMPLES)}. Samples: {', '.join('sample:' + n for n in SAMPLES)}."
+        )
     folder = cache_folder() / "samples" / name
     if folder.is_dir():
         return folder

@@ -139,6 +139,29 @@ def test_wrong_usage_exits_2(arguments: list[str], run: Run) -> None:
 def test_mistyped_names_are_answered_with_the_nearest(run: Run) -> None:
     assert "'convert'" in run("converr")[2]
     assert "--recipe" in run("convert", "x", "--recipi", "y")[2]
+    assert "'balanced'" in run("convert", "x", "--recipe", "balancd")[2]
+    assert "'group_size'" in run("convert", "x", "--set", "grop_size=3")[2]
+    assert "did you mean 'smollm2-135m'?" in run("plan", "sample:smolm2-135m")[2]
+    for mistyped, format_ in (("gguf:q2_0", "gguf-q2_0"), ("compressed_tensors", "compressed-tensors"), ("mxl", "mlx")):
+        assert (
+            f"format {mistyped!r} is not known (did you mean {format_!r}?)" in run("export", "x", "--to", mistyped)[2]
+        )
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "x", "y"], ["chat", "x"], ["serve", "x"], ["evaluate", "x"], ["bench", "x"]]
+)
+def test_a_mistyped_dtype_is_said_before_anything_is_fetched(
+    command: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*_: Any) -> None:
+        raise AssertionError("a checkpoint was looked for")
+
+    monkeypatch.setattr("ternarize.sources.resolve", fetched)
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    code, _, err = run(*command, "--dtype", "bfloat61")
+    assert code == 2
+    assert "did you mean 'bfloat16'?" in err
 
 
 def test_bug_is_not_dressed_up_as_bad_input(run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,11 +72,11 @@ def evaluate(
     from ternarize.sources import resolve
 
     check_device(device)
+    progress, kind = Progress(quiet), dtype_of(dtype)
     if task_data is not None and not tasks:
         raise TernarizeError("--task-data holds the files of --tasks. Name the tasks, such as --tasks arc_easy.")
     student = resolve(folder, None if teacher else revision)
     reference_folder = resolve(teacher, revision) if teacher else None
-    progress, kind = Progress(quiet), dtype_of(dtype)
     results, scores = [], []
     if text or not tasks:
         texts, most = text or ["pydoc"], windows or None
@@ -146,8 +146,9 @@ def bench(
     from ternarize.speed import measure, spread
 
     check_device(device)
+    kind, progress = dtype_of(dtype), Progress(quiet)
     path = resolve(folder, revision)
-    found = measure(path, prompt, tokens, rounds, threads or [], device, dtype_of(dtype), activations, Progress(quiet))
+    found = measure(path, prompt, tokens, rounds, threads or [], device, kind, activations, progress)
     if as_json:
         print_json([speed.to_dict() for speed in found])
         return

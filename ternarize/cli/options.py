@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, nearest
 
 Source = Annotated[
     str,
@@ -98,5 +98,5 @@ def dtype_of(name: str) -> Any:
         "float16": lambda: torch.float16,
     }
     if name not in known:
-        raise TernarizeError(f"dtype {name!r} is not one of {', '.join(known)}.")
+        raise TernarizeError(f"dtype {name!r} is not one of {', '.join(known)}{nearest(name, known)}.")
     return known[name]()

@@ -38,8 +38,9 @@ def generate(
     from ternarize.text import load_tokenizer
 
     check_device(device)
+    kind = dtype_of(dtype)
     path = resolve(folder, revision)
-    model: Any = load_any(path, device, dtype_of(dtype), activations=None)
+    model: Any = load_any(path, device, kind, activations=None)
     tokenizer = load_tokenizer(path)
     inputs: Any
     if chat:
@@ -90,9 +91,10 @@ def chat(
     from ternarize.text import load_tokenizer
 
     check_device(device)
+    kind = dtype_of(dtype)
     path = resolve(folder, revision)
     tokenizer = load_tokenizer(path)
-    conversation = Chat(load_any(path, device, dtype_of(dtype), None), tokenizer, tokens, temperature, system)
+    conversation = Chat(load_any(path, device, kind, None), tokenizer, tokens, temperature, system)
     torch.manual_seed(seed)
     converse(conversation, _lines(), _show, lambda text: typer.echo(text, err=True))
 

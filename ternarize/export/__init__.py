@@ -13,7 +13,7 @@ verify     reload with the format's own reader, and compare
 
 from __future__ import annotations
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, nearest
 from ternarize.export.target import Target
 
 
@@ -52,7 +52,7 @@ def find_targets(formats: list[str]) -> list[Target]:
     known = targets()
     for name in formats:
         if name not in known:
-            raise TernarizeError(f"format {name!r} is not known. Formats: {', '.join(known)}.")
+            raise TernarizeError(f"format {name!r} is not known{nearest(name, known)}. Formats: {', '.join(known)}.")
     if not formats:
         raise TernarizeError(f"no format is named. Formats: {', '.join(known)}.")
     return [known[name] for name in dict.fromkeys(formats)]
