@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,9 +119,9 @@ def test_rows_are_packed_as_transformers_packs_them() -> None:
 
 
 @torch.no_grad()
-def make_bitnet(folder: Path, kind: str) -> tuple[Path, dict[str, Tensor]]:
+def make_bitnet(folder: Path, kind: str, family: str = "llama") -> tuple[Path, dict[str, Tensor]]:
     """A BitNet checkpoint as transformers reads it, and the float32 weights that it stands for."""
-    make_checkpoint(folder, "llama")
+    make_checkpoint(folder, family)
     from safetensors.torch import load_file, save_file
 
     tensors, weights = load_file(folder / "model.safetensors"), {}
@@ -160,8 +161,17 @@ def test_bitnet_checkpoints_are_imported_weight_by_weight(kind: str, tmp_path: P
         torch.testing.assert_close(folder.ternary(name).dequantize(), weights[f"{name}.weight"], rtol=2**-11, atol=0)
 
 
-def test_bitnet_goes_in_and_out_again(tmp_path: Path) -> None:
-    source, _ = make_bitnet(tmp_path / "source", "autobitlinear")
+def in_8_bits(module: torch.nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """What BitNet's linears make of a token's activations: multiples of its largest over 127."""
+    (values,) = inputs
+    step = values.abs().amax(-1, keepdim=True) / 127
+    return (values / step).round() * step
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@torch.no_grad()
+def test_bitnet_goes_in_and_out_again(family: str, tmp_path: Path) -> None:
+    source, _ = make_bitnet(tmp_path / "source", "autobitlinear", family)
     import_checkpoint(source, tmp_path / "out", progress=QUIET)
     (done,) = export(tmp_path / "out", ["bitnet"], progress=QUIET)
     assert done.exact
@@ -172,9 +182,14 @@ def test_bitnet_goes_in_and_out_again(tmp_path: Path) -> None:
     target = targets()["bitnet"]
     expected = target.logits(source, ids)
     assert torch.equal(target.logits(done.path, ids), expected)
-    student = ternarize.load(tmp_path / "out", dtype=torch.float32)[0](input_ids=ids, use_cache=False).logits
+    model: Any = ternarize.load(tmp_path / "out", dtype=torch.float32)[0]
+    student = model(input_ids=ids, use_cache=False).logits
     difference = (expected - student).abs().mean() / student.std()
     assert 0 < float(difference) < target.tolerance  # the reader rounds activations to 8 bits
+    for name in TernaryFolder(tmp_path / "out").linears:
+        model.get_submodule(name).register_forward_pre_hook(in_8_bits)
+    rounded = model(input_ids=ids, use_cache=False).logits
+    assert float((expected - rounded).abs().max() / rounded.std()) < 1e-3  # all of it, but for what falls at a half
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
