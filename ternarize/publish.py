@@ -8,6 +8,7 @@ interruption, what has arrived is not sent again.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,6 +145,7 @@ def publish(parcel: Parcel, progress: Progress, force: bool = False) -> str:
     repo, api = parcel.repo, HfApi()
     with _explained(repo, "Nothing was sent."):
         _refuse_reader(api.whoami())
+        _check_card(parcel)
         api.create_repo(repo, private=parcel.private, exist_ok=True)
     unchanged = f"{repo} shows no file that was not there before; run the same command again to go on."
     with _explained(repo, unchanged):
@@ -191,6 +193,21 @@ def _check_contents(folder: Path) -> None:
         with path.open("rb") as file:
             if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
                 raise TernarizeError(f"{path} is damaged: it does not begin as a GGUF file does. Export it again.")
+
+
+def _check_card(parcel: Parcel) -> None:
+    """Let the Hub read the card's metadata, as it does again with the commit, when the weights are there already."""
+    try:
+        ModelCard(parcel.card).validate()
+    except ValueError as error:
+        try:
+            reason = "; ".join(str(fault["message"]) for fault in json.loads(str(error))["errors"])
+        except (ValueError, KeyError, TypeError):
+            reason = str(error)
+        raise TernarizeError(
+            f"the Hub refuses what the card, {CARD_FILE}, says between its lines of ---: {reason}. Nothing was sent. "
+            "Mend it there and push again."
+        ) from error
 
 
 def _addressed(path: Path, repo: str, base: str | None) -> str:

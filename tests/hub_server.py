@@ -25,6 +25,7 @@ class Repo:
     """Files by commit, commits by branch."""
 
     private: bool = False
+    gated: bool = False  # terms that nobody has accepted: its page is there for all, its files for none
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -47,6 +48,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.faults: list[str] = []  # what the Hub has against the metadata of a card
         self.ignored = ""  # a file name that the repository's .gitignore leaves out
         self.trouble: Callable[[str, str], int | str | None] = lambda method, path: None
         hub = self
@@ -136,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             role = {WRITER: "write", READER: "read"}[self._token]
             return self._send(200, {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": role}}})
         if path == "/api/validate-yaml":
-            return self._send(200, {"errors": [], "warnings": []})
+            errors = [{"message": fault} for fault in self.state.faults]
+            return self._send(400 if errors else 200, {"errors": errors, "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if parts[:2] == ["api", "models"]:
@@ -246,6 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RepoNotFound", "Repository not found")
         if revision not in repo.branches and revision not in repo.commits:
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if repo.gated:
+            return self._refuse(403 if self._token else 401, "GatedRepo", f"Access to model {name} is restricted")
         sha, files = repo.branches.get(revision, revision), repo.files(revision)
         if path not in files:
             return self._send(404, {}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})

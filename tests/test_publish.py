@@ -166,6 +166,16 @@ def test_file_that_the_repository_leaves_out_is_noticed(ternary: Path, hub: Hub)
         push(ternary)
 
 
+def test_a_card_that_the_hub_refuses_is_said_before_anything_is_sent(ternary: Path, hub: Hub) -> None:
+    hub.faults = ['"license" must be one of [apache-2.0, mit]', '"language" must be a string']
+    with pytest.raises(
+        TernarizeError, match=r"refuses .*README\.md.*\"license\" must be one .*; \"language\".*Nothing was"
+    ):
+        push(ternary)
+    assert not hub.repos
+    assert not sent(hub)
+
+
 def test_private_is_not_kept_by_a_public_repository(ternary: Path, hub: Hub) -> None:
     hub.create(REPO)
     with pytest.raises(TernarizeError, match="exists and is public"):
@@ -313,6 +323,19 @@ def test_convert_pushes_what_it_made(llama: Path, text: Path, hub: Hub, run: Run
     card = hub.repos[REPO].files()["README.md"].decode()
     assert json.loads(shown)["run"]["commands"][0] in card
     assert f"--push {REPO} --private --json" in card
+
+
+@pytest.mark.parametrize("token", ["", READER])
+def test_a_gated_base_is_refused_with_what_to_do(
+    token: str, llama: Path, hub: Hub, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.create("them/gated", **{path.name: path.read_bytes() for path in llama.iterdir()}).gated = True
+    for command in (["plan", "them/gated"], ["convert", "them/gated", "-o", tmp_path / "out"]):
+        code, _, err = run(*command)
+        assert code == 2
+        assert "them/gated is gated: accept its terms on the Hub, then run hf auth login" in err
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_access_is_that_of_the_user_and_the_organisations(hub: Hub) -> None:
