@@ -25,9 +25,8 @@ SIDE_FILES = (
     "*.model",
     "*.jinja",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+RIGHTS = ("LICENSE*", "NOTICE*")
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -142,7 +141,20 @@ def copy_side_files(source: Path, target: Path) -> None:
     Raises:
         StoppedError: the disk is full.
     """
-    for pattern in SIDE_FILES:
+    _copy_matching(source, target, SIDE_FILES + RIGHTS)
+
+
+def copy_rights(source: Path, target: Path) -> None:
+    """Copy licence and notice, which many licences ask for beside every copy of the weights.
+
+    Raises:
+        StoppedError: the disk is full.
+    """
+    _copy_matching(source, target, RIGHTS)
+
+
+def _copy_matching(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
         for file in source.glob(pattern):
             if file.is_file():
                 copy_file(file, target / file.name)

@@ -139,7 +139,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except GatedRepoError as error:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import TEXTS, byte_level, make_checkpoint, make_recipe, make_tokenizer, random_ternary
+from tiny import TEXTS, byte_level, copy_folder, make_checkpoint, make_recipe, make_tokenizer, random_ternary
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -180,12 +180,17 @@ def folders(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return made
 
 
-def difference(folder: Path, exported: Exported, ids: Tensor = IDS) -> float:
-    """Mean difference of the logits, as a share of their spread."""
+def differences(folder: Path, exported: Exported, ids: Tensor = IDS) -> Tensor:
+    """Differences of the logits, as shares of their spread."""
     (target,) = find_targets([exported.format])
     with torch.no_grad():
         expected = ternarize.load(folder, dtype=torch.float32)[0](input_ids=ids, use_cache=False).logits
-    return float(((target.logits(exported.readable, ids) - expected).abs() / expected.std()).mean())
+    return (target.logits(exported.readable, ids) - expected).abs() / expected.std()
+
+
+def difference(folder: Path, exported: Exported) -> float:
+    """Their mean."""
+    return float(differences(folder, exported).mean())
 
 
 @needs_llama
@@ -198,11 +203,12 @@ def test_llama_cpp_says_what_the_student_says(family: str, folders: dict[str, Pa
 
 
 @needs_llama
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("name", [f"gguf-{kind.name.lower()}" for kind in TYPES])
-def test_every_type_holds_groups_of_256(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    (done,) = export(folders["llama"], [name], tmp_path / "out", progress=QUIET)
+def test_every_type_holds_groups_of_256(name: str, family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    (done,) = export(folders[family], [name], tmp_path / "out", progress=QUIET)
     assert done.exact
-    assert difference(folders["llama"], done) < 1e-5
+    assert differences(folders[family], done).max() < (2e-2 if family == "gemma3_text" else 1e-4)  # GELU out of a table
     (found,) = verify(done.path, text=str(_text(tmp_path)), windows=1, length=8, progress=QUIET)
     assert found.ok
 
@@ -219,6 +225,14 @@ def test_types_with_a_shift_hold_one(name: str, folders: dict[str, Path], tmp_pa
     assert done.exact
     assert 0 < done.error < 2**-11
     assert difference(folders["shifted"], done) < 2e-3
+
+
+def test_the_licence_goes_along_into_the_folder_of_one_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    student = copy_folder(folders["llama"], tmp_path / "student")
+    (student / "LICENSE.txt").write_text("terms")
+    (done,) = export(student, ["gguf-q2_0"], progress=QUIET)
+    assert {path.name for path in done.path.iterdir()} == {done.file, "LICENSE.txt", "README.md", "export.json"}
+    assert (done.path / "LICENSE.txt").read_text() == "terms"
 
 
 def test_a_shift_is_refused_where_there_is_none_and_measured_when_asked_for(

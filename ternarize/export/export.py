@@ -26,7 +26,7 @@ from ternarize.errors import TernarizeError
 from ternarize.export import find_targets
 from ternarize.export.card import export_card
 from ternarize.export.target import Exactness, Target, TernaryFolder
-from ternarize.files import sync_folder, write_text
+from ternarize.files import copy_rights, sync_folder, write_text
 from ternarize.hub import CARD_FILE
 from ternarize.progress import Progress, size
 from ternarize.report import dump_json, versions
@@ -195,6 +195,7 @@ def _write(
             written = fresh.rename(fresh.with_name(file))
             fresh.mkdir()
             written.rename(fresh / file)
+            copy_rights(folder.path, fresh)
         kinds = ("*.safetensors",) if file is None else (file,)
         exported = Exported(
             path=place,
