@@ -33,8 +33,9 @@ model, tokenizer = ternarize.load("{place}")
 or, after `import ternarize`, with `AutoModelForCausalLM.from_pretrained("{place}")`. From a shell:
 `ternarize generate {place} "Once upon a time"`.
 
-Without the package, or without its import, transformers stops with an error that names
-`{tripwire}`; it never goes on with random weights.
+Without the package, or without its import, transformers stops: it warns that it does not know the quantization type
+`ternarize`, then finds no weights (in a folder on disk it misses `{tripwire}`).
+It never goes on with random ones.
 
 """
 CARD = (

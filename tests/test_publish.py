@@ -67,6 +67,20 @@ torch.save(logits(model), {str(tmp_path / "logits.pt")!r})
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(ternarize.load(ternary)[0]))
 
 
+def test_pushed_model_is_refused_without_the_package(ternary: Path, hub: Hub, tmp_path: Path) -> None:
+    """As the card says: of a repository transformers does not name the file that it misses, as it does of a folder."""
+    push(ternary)
+    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({REPO!r})"
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER}
+    environment = os.environ | settings | {"HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 1
+    assert "Unknown quantization type, got ternarize" in done.stderr
+    assert f"{REPO} does not appear to have a file named" in done.stderr
+    card = hub.repos[REPO].files()["README.md"].decode()
+    assert "does not know the quantization type\n`ternarize`, then finds no weights" in card
+
+
 def test_all_files_become_visible_in_one_commit(ternary: Path, hub: Hub) -> None:
     address = push(ternary)
     repo = hub.repos[REPO]
