@@ -25,6 +25,7 @@ import ternarize
 from ternarize import Recipe, cli, printing, progress
 from ternarize.conversion import convert
 from ternarize.errors import StoppedError
+from ternarize.export import targets
 from ternarize.kernels.cpu import paths as native_paths
 from ternarize.progress import Progress, parse_duration
 from ternarize.report import Report
@@ -117,7 +118,20 @@ def test_help_names_every_command_and_exit_code(run: Run) -> None:
         assert word in out
 
 
-COMMANDS = ["convert", "plan", "evaluate", "generate", "inspect", "push", "chat", "serve", "export", "verify", "import"]
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+def test_help_says_of_every_command_what_it_does_without_cutting_it_short(run: Run) -> None:
+    _, out, _ = run("--help")
+    shown = dict(re.findall(r"^  (\w+)  +(.*)$", out.partition("Commands:")[2], re.MULTILINE))
+    assert sorted(shown) == COMMANDS
+    assert not [name for name, line in shown.items() if line.endswith("...")]
+
+
+def test_help_of_export_names_every_format() -> None:
+    parameters = typer.main.get_command(cli.app).commands["export"].params  # type: ignore[attr-defined]
+    (said,) = [parameter.help for parameter in parameters if parameter.name == "to"]
+    assert set(re.findall(r"[\w-]+", said)) >= set(targets())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

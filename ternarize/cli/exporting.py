@@ -21,7 +21,8 @@ def export(
     to: Annotated[
         list[str],
         typer.Option(
-            help="Formats, separated by commas: dense, metal, mlx, compressed-tensors, gptq, bitnet, ... (README).",
+            help="Formats, separated by commas: dense, metal, metal-bf16, mlx, mlx-bf16, compressed-tensors, "
+            "gptq, bitnet, gguf-tq1_0, gguf-tq2_0, gguf-q2_0, gguf-q4_0, gguf-q4_1, gguf-q2_k; the README says what each holds.",
             show_default=False,
         ),
     ],
@@ -39,7 +40,10 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a converted folder in the formats of other software, without calibrating again."""
+    """Write a converted folder for other software.
+
+    Without calibrating again. Says of each format first whether it holds the model exactly, and how large it will be.
+    """
     from ternarize.export.export import export as run
     from ternarize.export.export import in_words
 
@@ -78,7 +82,10 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Load a converted folder and its exports with the software they are for, and compare what they predict."""
+    """Compare what exports predict with the folder.
+
+    Each export is loaded with the software that it is for; those beside the folder are found.
+    """
     from ternarize.export.verify import verify as run
 
     found = run(path, exports, student, text, windows, length, Progress(quiet or as_json))
@@ -119,7 +126,10 @@ def import_(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a folder of what is ternary already (BitNet, floats of three levels, a .gguf file), without loss."""
+    """Take over what is ternary already, without loss.
+
+    BitNet checkpoints, float ones whose weights have three levels, and .gguf files.
+    """
     from ternarize.importing.folders import import_checkpoint
     from ternarize.importing.gguf import import_gguf
     from ternarize.sources import resolve

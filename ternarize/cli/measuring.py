@@ -141,7 +141,10 @@ def bench(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Time a model: ready, prefill and decode, by greedy generation from random tokens."""
+    """Time a model: load, prefill and decode.
+
+    By greedy generation from random tokens.
+    """
     from ternarize.sources import resolve
     from ternarize.speed import measure, spread
 
@@ -221,7 +224,7 @@ def inspect(
 
 @app.command()
 def doctor() -> None:
-    """Say what was found on this machine, and what of it runs the models."""
+    """Say what of this machine runs the models, and how."""
     from ternarize.kernels.cpu import missing
 
     table(machine_rows())

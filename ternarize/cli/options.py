@@ -20,6 +20,9 @@ AnyFolder = Annotated[
     str, typer.Argument(help="A folder that ternarize convert wrote, or any checkpoint.", show_default=False)
 ]
 Folder = Annotated[Path, typer.Argument(help="A folder that ternarize convert wrote.", show_default=False)]
+Pushable = Annotated[
+    Path, typer.Argument(help="A folder that ternarize convert, import or export wrote.", show_default=False)
+]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 SetOption = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it
@@ -46,7 +49,8 @@ SizeOption = Annotated[
 TimeOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        help="Time for all of it: 90s, 30m, 1h. What fit and tune leave is the distillation's.", show_default=False
+        help="Time for all of it: 90s, 30m, 1h; a distillation, which comes last, takes what is left.",
+        show_default=False,
     ),
 ]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Nobody else may see the repository.")]

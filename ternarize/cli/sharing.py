@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ternarize.cli.app import app
-from ternarize.cli.options import Folder, JsonOption, PrivateOption, QuietOption
+from ternarize.cli.options import JsonOption, PrivateOption, Pushable, QuietOption
 from ternarize.errors import TernarizeError
 from ternarize.printing import print_json, table
 from ternarize.progress import Progress, size
@@ -16,7 +16,7 @@ from ternarize.progress import Progress, size
 
 @app.command()
 def push(
-    folder: Folder,
+    folder: Pushable,
     repo: Annotated[str, typer.Argument(help="Where to: user/name on the Hub.", show_default=False)],
     private: PrivateOption = False,
     revision: Annotated[
