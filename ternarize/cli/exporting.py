@@ -22,7 +22,7 @@ def export(
         list[str],
         typer.Option(
             help="Formats, separated by commas: dense, metal, metal-bf16, mlx, mlx-bf16, compressed-tensors, "
-            "gptq, bitnet, gguf-tq1_0, gguf-tq2_0, gguf-q2_0, gguf-q4_0, gguf-q4_1, gguf-q2_k; the README says what each holds.",
+            "gptq, bitnet, gguf-tq1_0, gguf-tq2_0, gguf-q2_0, gguf-q4_0, gguf-q4_1, gguf-q2_k.",
             show_default=False,
         ),
     ],
