@@ -153,6 +153,15 @@ def test_links_lead_somewhere() -> None:
     assert not missing
 
 
+def test_the_map_of_modules_has_each_of_them() -> None:
+    table = re.search(r"^\| file \| what it is \|\n(.*?)\n\n", TEXT, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    named = set(re.findall(r"`(\w+)(?:\.py|/)`", "\n".join(line.split("|")[1] for line in table[1].splitlines())))
+    folder = ROOT / "ternarize"
+    there = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert named == there - {"__init__"}
+
+
 @pytest.mark.parametrize("extra", sorted(set(re.findall(r"\.\[([\w,]+)\]", TEXT))))
 def test_extras_exist(extra: str) -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
