@@ -148,7 +148,8 @@ class Reader:
 
     def _few_logits(self) -> dict[str, int]:
         """What spares the model the logits of all tokens but the last, where it knows how."""
-        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        known = inspect.signature(type(self.model).forward).parameters  # not an instance's own, which `decoder` puts there
+        return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,14 @@ def test_a_model_is_asked_in_two_steps_for_what_it_says_in_one(ternary: Path, of
     assert norm.grad is None
 
 
+def test_hidden_states_are_had_without_the_logits_of_all_tokens(ternary: Path) -> None:
+    seen: list[int] = []
+    for model in models(ternary):  # the student's own forward is what `decoder` put there
+        model.get_output_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+        Reader(model, "model.layers").hidden(ids(2), [])
+    assert seen == [1, 1]
+
+
 class Asked(Exception):
     """The teacher was asked when its answer should have been noted."""
 
