@@ -1,4 +1,4 @@
-/* Primitives of the two AVX-512 paths; they differ in how a vector of codes is unpacked. */
+/* Primitives of the AVX-512 paths; they differ in how a vector of codes is unpacked. */
 #include <immintrin.h>
 
 #include "layout.h"
@@ -36,6 +36,12 @@ static inline quad two_bits(__m512i all, int f, int chains) {
     if (chains == 4) return _mm512_and_si512(all, _mm512_set1_epi8((char)(3 << 2 * f)));
     return _mm512_and_si512(_mm512_srli_epi16(all, 2 * f), _mm512_set1_epi8(3));
 }
+
+#if FIELDS == 4
+typedef __m512i codes;
+static inline codes unpack(const uint8_t *bytes) { return _mm512_loadu_si512(bytes); }
+static inline quad field(codes c, int f, int chains) { return two_bits(c, f, chains); }
+#endif
 
 static inline ivec start(int32_t minus_sum) { return _mm512_set1_epi32(minus_sum); }
 

@@ -7,7 +7,8 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-enum { SSE_AND_AVX = 0x06, SSE_AVX_AND_AVX512 = 0xe6 };
+enum { SSE_AND_AVX = 0x06, SSE_AVX_AND_AVX512 = 0xe6, TILES = 0x60000 };
+enum { AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };     /* of leaf 7; older compilers have no names for them */
 
 /* XCR0: which registers the operating system saves when it changes from one thread to another. */
 static unsigned saved_registers(void) {
@@ -15,6 +16,20 @@ static unsigned saved_registers(void) {
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return low;
 }
+
+/* Linux saves the tiles of processes that have asked for them: 8 KiB a thread once it uses them. It refuses where a
+ * signal's stack is too small for that. */
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int ask_for_tiles(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+}
+#else
+static int ask_for_tiles(void) { return 0; }
+#endif
 
 tz_features tz_find_features(void) {
     tz_features found = {0};
@@ -30,6 +45,7 @@ tz_features tz_find_features(void) {
     found.avx512 = (saved & SSE_AVX_AND_AVX512) == SSE_AVX_AND_AVX512 && (b & parts) == parts;
     found.vnni = found.avx512 && (c & bit_AVX512VNNI);
     found.vbmi = found.avx512 && (c & bit_AVX512VBMI);
+    found.amx = (saved & TILES) == TILES && (d & AMX_TILE) && (d & AMX_INT8) && ask_for_tiles();
     return found;
 }
 
@@ -54,8 +70,8 @@ tz_features tz_find_features(void) { return (tz_features){0}; }
 const char *tz_cpu_features(void) {
     static char text[96];
     const tz_features f = tz_find_features();
-    snprintf(text, sizeof text, "%s%s%s%s%s%s%s", f.avx2 ? "avx2 " : "", f.fma ? "fma " : "", f.f16c ? "f16c " : "",
+    snprintf(text, sizeof text, "%s%s%s%s%s%s%s%s", f.avx2 ? "avx2 " : "", f.fma ? "fma " : "", f.f16c ? "f16c " : "",
              f.avx512 ? "avx512 " : "", f.vnni ? "avx512_vnni " : "", f.vbmi ? "avx512_vbmi " : "",
-             f.dotprod ? "dotprod " : "");
+             f.amx ? "amx_int8 " : "", f.dotprod ? "dotprod " : "");
     return text;
 }

@@ -109,7 +109,7 @@ static void prepare_input(product *p, const float *x) {
             p->tokens[i] = p->tokens[i - 1];
             continue;
         }
-        p->tokens[i] = (tz_tokens){.exact = p->s->d->exact, .count = 1};
+        p->tokens[i] = (tz_tokens){.exact = p->s->d->exact, .tile = TILE, .count = 1};
         tz_place_tokens(shape, &p->tokens[i], p->s->room + (size_t)i * p->s->room_bytes);
         p->s->d->kernels->prepare(shape, x, TZ_FLOAT32, &p->tokens[i], 0, 1);
     }
@@ -248,7 +248,7 @@ static void run_feed_forward(step *s) {
 /* -- memory for one call ----------------------------------------------------------------------------------------- */
 
 static size_t most_token_bytes(const tz_decoder *d) {
-    const tz_tokens one = {.exact = d->exact, .count = 1};
+    const tz_tokens one = {.exact = d->exact, .tile = TILE, .count = 1};
     size_t most = 0;
     for (int64_t b = 0; b < d->blocks; b++)
         for (int i = 0; i < TZ_LINEARS; i++) {

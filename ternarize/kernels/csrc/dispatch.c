@@ -11,7 +11,7 @@
 static const tz_kernels *const PATHS[] = {
     &tz_scalar,
 #if defined(TZ_X86)
-    &tz_avx2, &tz_avx512vbmi, &tz_avx512vnni,
+    &tz_avx2, &tz_avx512vbmi, &tz_avx512vnni, &tz_amx,
 #elif defined(TZ_NEON)
     &tz_neon,
 #endif
@@ -32,6 +32,7 @@ int tz_path_supported(int path) {
     if (!strcmp(name, "avx2")) return f.avx2 && f.fma && f.f16c;
     if (!strcmp(name, "avx512vnni")) return f.avx512 && f.vnni;
     if (!strcmp(name, "avx512vbmi")) return f.avx512 && f.vnni && f.vbmi;
+    if (!strcmp(name, "amx")) return f.avx512 && f.vnni && f.amx;
     if (!strcmp(name, "neon")) return f.dotprod;
     return 1;
 }
@@ -62,7 +63,7 @@ static tz_shape *make_shape(int path, int64_t rows, int64_t columns, int64_t gro
     s->groups = groups;
     s->pieces = pieces;
     s->width = width;
-    s->stride = round_up(group < most ? group : most, QUAD);
+    s->stride = round_up(group < most ? group : most, 2 * QUAD);
     cut_into_pieces(s, group, most, width);
     return s;
 }
@@ -97,6 +98,8 @@ int64_t tz_packed_bytes(const tz_shape *s) { return divide_up(s->rows, ROWS) * s
 
 /* -- products ---------------------------------------------------------------------------------------------------- */
 
+enum { CHUNK = 256, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19, MANY_TOKENS = 16, ALIGNMENT = 64 };
+
 typedef struct {
     const tz_shape *shape;
     const tz_kernels *kernels;
@@ -106,11 +109,21 @@ typedef struct {
     char *y;
     int dtype;
     tz_tokens tokens;
+    int64_t count;            /* of tokens, without filling */
 } product;
 
 static void prepare_tokens(void *context, int64_t first, int64_t last) {
     product *p = context;
     p->kernels->prepare(p->shape, p->x, p->dtype, &p->tokens, first, last);
+}
+
+/* 16 rows and all tokens, tile by tile -> y [count][16]. */
+static void multiply_tiles(const product *p, const uint8_t *weights, int rows, float *y) {
+    for (int64_t token = 0; token < p->tokens.count; token += TILE, y += TILE * ROWS)
+        if (p->shape->record_bytes)
+            p->kernels->table(p->shape, weights, rows, &p->tokens, token, y);
+        else
+            p->kernels->ternary(p->shape, weights, &p->tokens, token, y);
 }
 
 /* Blocks first .. last of 16 rows, all tokens; a block's weights stay in the cache while the tokens pass. */
@@ -121,41 +134,47 @@ static void multiply(void *context, int64_t first, int64_t last) {
     for (int64_t block = first; block < last; block++) {
         const int64_t row = block * ROWS;
         const int rows = (int)(s->rows - row < ROWS ? s->rows - row : ROWS);
-        for (int64_t token = 0; token < p->tokens.count; token += TILE) {
-            const int count = tz_tile(&p->tokens, token);
-            float tile[TILE * ROWS];
-            if (s->record_bytes)
-                p->kernels->table(s, p->weights + row * s->record_bytes, rows, &p->tokens, token, tile);
-            else
-                p->kernels->ternary(s, p->weights + block * s->block_bytes, &p->tokens, token, tile);
-            p->kernels->store(tile, p->bias ? p->bias + row : NULL, rows, count, s->rows,
-                              p->y + (token * s->rows + row) * size, p->dtype);
-        }
+        const uint8_t *weights = p->weights + (s->record_bytes ? row * s->record_bytes : block * s->block_bytes);
+        const float *bias = p->bias ? p->bias + row : NULL;
+        float y[CHUNK * ROWS];
+        if (p->tokens.tile == WIDE_TILE)
+            p->kernels->many(s, weights, &p->tokens, y);
+        else
+            multiply_tiles(p, weights, rows, y);
+        p->kernels->store(y, bias, rows, (int)p->count, s->rows, p->y + row * size, p->dtype);
     }
 }
-
-enum { CHUNK = 256, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19, MANY_TOKENS = 16 };
 
 /* A second thread costs some microseconds: below half a million products one is faster. */
 static int useful_threads(const tz_shape *s, int64_t tokens, int threads) {
     return (double)s->rows * (double)s->columns * (double)tokens < LEAST_WORK ? 1 : threads;
 }
 
+/* A chunk of so many tokens; for `many`, if they are enough for it, filled up with tokens of zeros. */
+static void set_count(product *p, int64_t count) {
+    const int many = p->kernels->many && !p->shape->record_bytes && !p->tokens.exact && count >= MANY_TOKENS;
+    p->count = count;
+    p->tokens.tile = many ? WIDE_TILE : TILE;
+    p->tokens.count = many ? round_up(count, WIDE_TILE) : count;
+}
+
 static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, const void *x, void *y, int64_t tokens,
                   int dtype, int exact, int threads) {
     const int64_t size = tz_element(dtype);
-    product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}};
-    p.tokens.count = tokens < CHUNK ? tokens : CHUNK;
-    void *room = malloc(tz_tokens_bytes(s, &p.tokens));
+    product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}, 0};
+    set_count(&p, tokens < CHUNK ? tokens : CHUNK);
+    const size_t bytes = tz_tokens_bytes(s, &p.tokens);
+    void *room = aligned_alloc(ALIGNMENT, (size_t)round_up((int64_t)bytes, ALIGNMENT));
     if (!room) return -1;
     tz_place_tokens(s, &p.tokens, room);
     for (int64_t token = 0; token < tokens; token += CHUNK) {
         p.x = (const char *)x + token * s->columns * size;
         p.y = (char *)y + token * s->rows * size;
-        p.tokens.count = tokens - token < CHUNK ? tokens - token : CHUNK;
-        threads = useful_threads(s, p.tokens.count, threads);
+        set_count(&p, tokens - token < CHUNK ? tokens - token : CHUNK);
+        if (p.count < p.tokens.count) memset(room, 0, bytes);
+        threads = useful_threads(s, p.count, threads);
         void (*const run)(tz_work, void *, int64_t, int64_t, int) = tokens < MANY_TOKENS ? tz_run : tz_run_team;
-        run(prepare_tokens, &p, p.tokens.count, TOKEN_GRAIN, threads);
+        run(prepare_tokens, &p, p.count, TOKEN_GRAIN, threads);
         run(multiply, &p, divide_up(s->rows, ROWS), 1, threads);
     }
     free(room);

@@ -27,7 +27,10 @@ typedef struct {
     /* One block of rows and the tile of tokens that begins with `first` -> y [count][16]. */
     void (*ternary)(const tz_shape *, const uint8_t *block, const tz_tokens *, int64_t first, float *y);
 
-    /* The same with up to 16 rows of a table. */
+    /* The same for all tokens, with int8 activations and in whole tiles of WIDE_TILE; NULL where it is no faster. */
+    void (*many)(const tz_shape *, const uint8_t *block, const tz_tokens *, float *y);
+
+    /* As `ternary`, with up to 16 rows of a table. */
     void (*table)(const tz_shape *, const uint8_t *records, int rows, const tz_tokens *, int64_t first, float *y);
 
     /* y [count][16], of which `rows` count -> out [.., O] in `dtype`. */
@@ -43,4 +46,4 @@ typedef struct {
 /* NULL where there is no such path. */
 const tz_kernels *tz_find_kernels(int path);
 
-extern const tz_kernels tz_scalar, tz_avx2, tz_avx512vnni, tz_avx512vbmi, tz_neon;
+extern const tz_kernels tz_scalar, tz_avx2, tz_avx512vnni, tz_avx512vbmi, tz_amx, tz_neon;

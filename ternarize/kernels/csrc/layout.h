@@ -53,12 +53,13 @@ struct tz_shape {
     tz_piece piece[];
 };
 
-/* Activations of some tokens, as kernels read them: tiles of up to 8 tokens, in each the pieces, in each its tokens,
- * one place each (see tz_place). */
-enum { TILE = 8 };
+/* Activations of some tokens, as kernels read them: tiles of up to `tile` tokens, in each the pieces, in each its
+ * tokens, one place each (see tz_place). */
+enum { TILE = 8, WIDE_TILE = 16 };
 
 typedef struct {
     int exact;
+    int tile;                 /* TILE, or WIDE_TILE for a kernel of many tokens */
     int64_t count;
     int8_t *codes;            /* [places][stride], int8 activations */
     float *values;            /* [places][stride], float activations (exact) */
@@ -75,22 +76,22 @@ static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * 
 
 /* Tokens in the tile that begins with token `first`. */
 static inline int tz_tile(const tz_tokens *t, int64_t first) {
-    return (int)(t->count - first < TILE ? t->count - first : TILE);
+    return (int)(t->count - first < t->tile ? t->count - first : t->tile);
 }
 
-/* Bytes for all that `t` points to, and where each begins. */
+/* Bytes for all that `t` points to, and where each begins; kernels are faster where `room` is a multiple of 64. */
 static inline size_t tz_tokens_bytes(const tz_shape *s, const tz_tokens *t) {
     const size_t pieces = (size_t)(t->count * s->pieces), all = pieces * (size_t)s->stride;
     return 3 * pieces * sizeof(float) + all * (t->exact ? sizeof(float) : 1);
 }
 
 static inline void tz_place_tokens(const tz_shape *s, tz_tokens *t, void *room) {
-    const size_t pieces = (size_t)(t->count * s->pieces);
-    t->sum = (float *)room;
+    const size_t pieces = (size_t)(t->count * s->pieces), all = pieces * (size_t)s->stride;
+    t->codes = room;
+    t->values = room;
+    t->sum = (float *)((char *)room + all * (t->exact ? sizeof(float) : 1));
     t->scale = t->sum + pieces;
     t->minus_sum = (int32_t *)(t->scale + pieces);
-    t->values = (float *)(t->minus_sum + pieces);
-    t->codes = (int8_t *)t->values;
 }
 
 /* The place of the first of `count` tokens of a tile in a piece; the others follow. */

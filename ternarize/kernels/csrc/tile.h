@@ -28,7 +28,7 @@
 #if ANY_COUNT
 #define UNROLL
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 #ifndef AT_ONCE
@@ -95,7 +95,7 @@ static void prepare(const tz_shape *s, const void *x, int dtype, tz_tokens *t, i
     const int64_t size = tz_element(dtype);
     for (int64_t token = first; token < last; token++) {
         const void *row = (const char *)x + token * s->columns * size;
-        const int64_t begin = token / TILE * TILE;
+        const int64_t begin = token / t->tile * t->tile;
         for (int64_t p = 0; p < s->pieces; p++) {
             const int64_t at = tz_place(s, begin, tz_tile(t, begin), p) + token - begin;
             float values[PIECE] = {0};
@@ -365,4 +365,6 @@ static void store(const float *y, const float *bias, int rows, int count, int64_
 
 #include "block.h"
 
-#define KERNELS(path, five) {path, five, prepare, ternary, table, store, normalize, rotate, attend, gate}
+#define KERNELS_WITH(path, five, many) \
+    {path, five, prepare, ternary, many, table, store, normalize, rotate, attend, gate}
+#define KERNELS(path, five) KERNELS_WITH(path, five, NULL)
