@@ -57,30 +57,31 @@ static void read_activations(const void *x, int dtype, int64_t start, int column
         for (int i = 0; i < columns; i++) out[i] = from_float16(half[i]);
 }
 
-static ALWAYS_INLINE float sum_of(const float *restrict values) {
+static ALWAYS_INLINE float sum_of(const int count, const float *restrict values) {
     float part[LANES] = {0}, sum = 0;
-    for (int i = 0; i < PIECE; i += LANES)
+    for (int i = 0; i < count; i += LANES)
         for (int j = 0; j < LANES; j++) part[j] += values[i + j];
     for (int j = 0; j < LANES; j++) sum += part[j];
     return sum;
 }
 
-static ALWAYS_INLINE float largest_of(const float *restrict values) {
+static ALWAYS_INLINE float largest_of(const int count, const float *restrict values) {
     uint32_t largest = 0;                                     /* bits of |x| are ordered as |x|, and NaN is above all */
-    for (int i = 0; i < PIECE; i++) {
+    for (int i = 0; i < count; i++) {
         const uint32_t size = bits_of(values[i]) & 0x7fffffff;
         largest = size > largest ? size : largest;
     }
     return float_of(largest);
 }
 
-/* Round 128 activations to int8 codes; the scale that undoes it. */
-static ALWAYS_INLINE float round_codes(const float *restrict values, int8_t *restrict codes, int32_t *minus_sum) {
-    const float largest = largest_of(values);
+/* Round activations to int8 codes; the scale that undoes it. */
+static ALWAYS_INLINE float round_codes(const int count, const float *restrict values, int8_t *restrict codes,
+                                       int32_t *minus_sum) {
+    const float largest = largest_of(count, values);
     const int usable = largest >= 0x1p-118f && largest <= 0x1.fffffep127f;
     const float inverse = usable ? 127.0f / largest : 0.0f;
     int32_t sum = 0;
-    for (int i = 0; i < PIECE; i++) {
+    for (int i = 0; i < count; i++) {
         const float value = usable ? values[i] * inverse : 0.0f;
         const int32_t code = (int32_t)(bits_of(value + 0x1.8p23f) - bits_of(0x1.8p23f));   /* to the nearest, even */
         codes[i] = (int8_t)code;
@@ -91,23 +92,35 @@ static ALWAYS_INLINE float round_codes(const float *restrict values, int8_t *res
     return largest < 1.0f ? 0.0f : float_of(0x7fc00000);
 }
 
+/* A piece of a token's row, at `place`; `count` is at least the stride, and what lies behind the piece is 0. */
+static ALWAYS_INLINE void prepare_piece(const int count, const tz_shape *s, const void *row, int dtype,
+                                        const tz_piece *piece, const tz_tokens *t, int64_t place) {
+    float values[PIECE] = {0};
+    read_activations(row, dtype, piece->start, piece->columns, values);
+    t->sum[place] = sum_of(count, values);
+    if (t->exact) {
+        memcpy(t->values + place * s->stride, values, (size_t)s->stride * sizeof(float));
+    } else {
+        int8_t codes[PIECE];
+        t->scale[place] = round_codes(count, values, codes, &t->minus_sum[place]);
+        memcpy(t->codes + place * s->stride, codes, (size_t)s->stride);
+    }
+}
+
+/* Loops of a known length are twice as fast. */
 static void prepare(const tz_shape *s, const void *x, int dtype, tz_tokens *t, int64_t first, int64_t last) {
     const int64_t size = tz_element(dtype);
     for (int64_t token = first; token < last; token++) {
         const void *row = (const char *)x + token * s->columns * size;
         const int64_t begin = token / t->tile * t->tile;
         for (int64_t p = 0; p < s->pieces; p++) {
-            const int64_t at = tz_place(s, begin, tz_tile(t, begin), p) + token - begin;
-            float values[PIECE] = {0};
-            read_activations(row, dtype, s->piece[p].start, s->piece[p].columns, values);
-            t->sum[at] = sum_of(values);
-            if (t->exact) {
-                memcpy(t->values + at * s->stride, values, (size_t)s->stride * sizeof(float));
-            } else {
-                int8_t codes[PIECE];
-                t->scale[at] = round_codes(values, codes, &t->minus_sum[at]);
-                memcpy(t->codes + at * s->stride, codes, (size_t)s->stride);
-            }
+            const int64_t place = tz_place(s, begin, tz_tile(t, begin), p) + token - begin;
+            if (s->stride <= PIECE / 4)
+                prepare_piece(PIECE / 4, s, row, dtype, &s->piece[p], t, place);
+            else if (s->stride <= PIECE / 2)
+                prepare_piece(PIECE / 2, s, row, dtype, &s->piece[p], t, place);
+            else
+                prepare_piece(PIECE, s, row, dtype, &s->piece[p], t, place);
         }
     }
 }
