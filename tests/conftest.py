@@ -86,7 +86,7 @@ def quiet() -> Progress:
     return Progress(quiet=True)
 
 
-@pytest.fixture(params=("scalar", "avx2", "avx512vnni", "avx512vbmi", "neon"))
+@pytest.fixture(params=("scalar", "avx2", "avx512vnni", "avx512vbmi", "amx", "neon"))
 def path(request: pytest.FixtureRequest) -> Iterator[cpu.Native]:
     """Each path of the native library in turn, in use."""
     if not cpu.paths().get(request.param):

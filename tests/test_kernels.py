@@ -44,10 +44,11 @@ SHAPES = (
     (16, 640, 320),
     (20, 300, 20),
     (40, 576, 64),
+    (50, 2080, 32),
     (31, 257, 128),
     (3, 5, 4),
 )
-BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17)
+BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 40)
 
 
 def random_weight(rows: int, columns: int, group_size: int, shift: bool, seed: int = 0) -> TernaryTensor:
@@ -152,7 +153,7 @@ def test_int6_tables(path: cpu.Native, columns: int, group_size: int, exact: boo
     columns=st.integers(1, 700),
     group_size=st.integers(1, 700),
     shift=st.booleans(),
-    batch=st.integers(1, 20),
+    batch=st.integers(1, 40),
     seed=st.integers(0, 1 << 30),
 )
 @example(rows=26, columns=1, group_size=1, shift=True, batch=1, seed=172)  # a scale and a shift that cancel
@@ -273,6 +274,24 @@ def test_a_token_does_not_depend_on_its_batch(path: cpu.Native, exact: bool) -> 
         assert all(torch.equal(product(x[i : i + 1]), whole[i : i + 1]) for i in (0, 7, 8, 255, 256, 299))
 
 
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_tokens_are_what_each_is_alone(path: cpu.Native, shape: tuple[int, int, int], shift: bool) -> None:
+    packed = pack(path, random_weight(*shape, shift))
+    x = torch.randn(40, shape[1])
+    assert torch.equal(packed.linear(x, exact=False), torch.cat([packed.linear(row[None], exact=False) for row in x]))
+
+
+def test_torchs_own_products_are_not_disturbed(path: cpu.Native) -> None:
+    """Both may use AMX, whose tiles belong to a thread."""
+    packed, x = pack(path, random_weight(64, 256, 64, shift=True)), torch.randn(64, 256)
+    half = torch.randn(256, 256).bfloat16()
+    want = x.bfloat16() @ half, packed.linear(x, exact=False)
+    for _ in range(20):
+        assert torch.equal(x.bfloat16() @ half, want[0])
+        assert torch.equal(packed.linear(x, exact=False), want[1])
+
+
 def test_all_paths_round_activations_alike() -> None:
     weight, x = random_weight(40, 576, 64, shift=True), torch.randn(9, 576)
     usable = [cpu.select(name) for name, supported in cpu.paths().items() if supported]
@@ -319,24 +338,26 @@ def test_several_python_threads_at_once(large: tuple[cpu.PackedTernary, Tensor, 
 FORK = """
 import os, signal, sys, torch
 from ternarize.kernels import cpu
-from ternarize.packing import quantize_table
+from ternarize.packing import pack_trits, quantize_table
 torch.manual_seed(0)
-records, x = quantize_table(torch.randn(1024, 1024), 64), torch.randn(int(sys.argv[1]), 1024)
-product = lambda: cpu.table_linear(x, records, None, 64, 8, False)
-tasks = lambda: len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 torch.set_num_threads(1)
-want, alone = product(), tasks()
+records, x = quantize_table(torch.randn(1024, 1024), 64), torch.randn(int(sys.argv[1]), 1024)
+trits, scale = pack_trits(torch.randint(-1, 2, (1024, 1024), dtype=torch.int8)), torch.rand(1024, 16).half()
+packed = cpu.PackedTernary(cpu.native(), trits, scale, None, None, 1024, 64)
+products = lambda: (cpu.table_linear(x, records, None, 64, 8, False).numpy(), packed.linear(x, False).numpy())
+tasks = lambda: len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+want, alone = products(), tasks()
+same = lambda: all((a == b).all() for a, b in zip(products(), want))  # torch.equal may be stuck: OpenMP after a fork
 assert tasks() == alone
 torch.set_num_threads(2)
-assert torch.equal(product(), want)
+assert same()
 assert tasks() <= alone + 1, (alone, tasks())
 for _ in range(5):
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        same = lambda: (product().numpy() == want.numpy()).all()  # torch.equal may be stuck: OpenMP after a fork
         os._exit(0 if all(same() for _ in range(20)) else 1)
-    assert torch.equal(product(), want)
+    assert same()
     assert os.waitpid(child, 0)[1] == 0
 print("fine")
 """

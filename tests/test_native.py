@@ -19,7 +19,12 @@ FUZZ = HERE / "native" / "fuzz.c"
 EMULATED = HERE / "native" / "emulated"
 COMMON = ("decoder.c", "dispatch.c", "pack.c", "threads.c", "scalar.c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
-X86 = {"avx2.c": ("-mavx2", "-mfma", "-mf16c"), "avx512vnni.c": AVX512, "avx512vbmi.c": (*AVX512, "-mavx512vbmi")}
+X86 = {
+    "avx2.c": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512vnni.c": AVX512,
+    "avx512vbmi.c": (*AVX512, "-mavx512vbmi"),
+    "amx.c": (*AVX512, "-mamx-tile", "-mamx-int8"),
+}
 NEON = {"neon.c": ("-march=armv8.2-a+dotprod",)}
 # One function for all numbers of tokens: the same loads and stores, and a fifth of the time to compile.
 FLAGS = ("-O1", "-g", "-std=gnu11", "-ffp-contract=off", "-Wall", "-Werror", "-DANY_COUNT")
@@ -68,7 +73,7 @@ def test_x86_paths_under_emulation(tmp_path: Path) -> None:
     program = build(compiler, tmp_path, dict.fromkeys(X86, ()), *flags, cpu=EMULATED / "cpu.c")
     done = subprocess.run([str(program), "60", "7"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("on: scalar avx2 avx512vbmi avx512vnni\n")
+    assert done.stdout.endswith("on: scalar avx2 avx512vbmi avx512vnni amx\n")
 
 
 def test_neon_under_emulation(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ static int table(const task *t, int path, const float *x, const void *input, con
 
 static int one_round(void) {
     static const int groups[] = {1, 4, 7, 20, 32, 64, 100, 128, 129, 256, 1000};
-    task t = {.rows = 1 + (int)draw(70), .columns = 1 + (int)draw(600), .tokens = 1 + (int)draw(20)};
+    task t = {.rows = 1 + (int)draw(70), .columns = 1 + (int)draw(600), .tokens = 1 + (int)draw(40)};
     t.group = groups[draw(sizeof groups / sizeof *groups)];
     t.bits = draw(2) ? 8 : 6;
     if (t.bits == 6) t.columns = 64 * (1 + (int)draw(9)), t.group = 64 * (1 + (int)draw(4));

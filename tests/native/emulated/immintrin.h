@@ -1,4 +1,5 @@
-/* Stands in for the compiler's <immintrin.h> where AVX2 and AVX-512 are emulated by SIMDe (Debian: libsimde-dev). */
+/* Stands in for the compiler's <immintrin.h> where AVX2, AVX-512 and, by hand, AMX are emulated by SIMDe (Debian:
+ * libsimde-dev). */
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -46,3 +47,61 @@ static inline float _mm512_reduce_add_ps(__m512 a) {
 }
 
 #undef EACH_LANE
+
+/* AMX, which SIMDe does not have: one set of tiles for each thread, and the checks that a processor makes. */
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+static _Thread_local struct {
+    tile_config config;
+    uint8_t tile[8][16][64];
+} tiles;
+
+static inline void must(int true_here) {
+    if (!true_here) abort();
+}
+
+static inline void _tile_loadconfig(const void *config) {
+    memset(&tiles, 0, sizeof tiles);
+    memcpy(&tiles.config, config, sizeof tiles.config);
+    must(tiles.config.palette == 1);
+    for (int t = 0; t < 8; t++) must(tiles.config.rows[t] <= 16 && tiles.config.row_bytes[t] <= 64);
+}
+
+static inline void _tile_release(void) { memset(&tiles, 0, sizeof tiles); }
+
+static inline void _tile_zero(int t) {
+    must(tiles.config.palette == 1 && tiles.config.rows[t] > 0);
+    memset(tiles.tile[t], 0, sizeof tiles.tile[t]);
+}
+
+static inline void _tile_loadd(int t, const void *from, long stride) {
+    _tile_zero(t);
+    for (int r = 0; r < tiles.config.rows[t]; r++)
+        memcpy(tiles.tile[t][r], (const char *)from + r * stride, tiles.config.row_bytes[t]);
+}
+
+static inline void _tile_stored(int t, void *to, long stride) {
+    must(tiles.config.palette == 1 && tiles.config.rows[t] > 0);
+    for (int r = 0; r < tiles.config.rows[t]; r++)
+        memcpy((char *)to + r * stride, tiles.tile[t][r], tiles.config.row_bytes[t]);
+}
+
+static inline void _tile_dpbssd(int to, int a, int b) {
+    const tile_config *c = &tiles.config;
+    must(c->rows[to] == c->rows[a] && c->row_bytes[a] == 4 * c->rows[b] && c->row_bytes[to] == c->row_bytes[b]);
+    for (int m = 0; m < c->rows[to]; m++)
+        for (int k = 0; k < c->row_bytes[a]; k++)
+            for (int n = 0; n < c->row_bytes[b] / 4; n++) {
+                int32_t sum;
+                memcpy(&sum, &tiles.tile[to][m][4 * n], sizeof sum);
+                sum += (int8_t)tiles.tile[a][m][k] * (int8_t)tiles.tile[b][k / 4][4 * n + k % 4];
+                memcpy(&tiles.tile[to][m][4 * n], &sum, sizeof sum);
+            }
+}
