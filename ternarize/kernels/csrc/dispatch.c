@@ -150,9 +150,12 @@ static int useful_threads(const tz_shape *s, int64_t tokens, int threads) {
     return (double)s->rows * (double)s->columns * (double)tokens < LEAST_WORK ? 1 : threads;
 }
 
-/* A chunk of so many tokens; for `many`, if they are enough for it, filled up with tokens of zeros. */
-static void set_count(product *p, int64_t count) {
-    const int many = p->kernels->many && !p->shape->record_bytes && !p->tokens.exact && count >= MANY_TOKENS;
+/* The next chunk out of the tokens that are left. For `many`, if they are enough for it, it is filled up with tokens of
+ * zeros, or a few are left to `ternary`. */
+static void take_chunk(product *p, int64_t left) {
+    int64_t count = left < CHUNK ? left : CHUNK;
+    const int many = p->kernels->many && !p->shape->record_bytes && !p->tokens.exact && count >= WIDE_TILE;
+    if (many && count % WIDE_TILE <= TILE) count -= count % WIDE_TILE;
     p->count = count;
     p->tokens.tile = many ? WIDE_TILE : TILE;
     p->tokens.count = many ? round_up(count, WIDE_TILE) : count;
@@ -162,15 +165,15 @@ static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, 
                   int dtype, int exact, int threads) {
     const int64_t size = tz_element(dtype);
     product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}, 0};
-    set_count(&p, tokens < CHUNK ? tokens : CHUNK);
-    const size_t bytes = tz_tokens_bytes(s, &p.tokens);
-    void *room = aligned_alloc(ALIGNMENT, (size_t)round_up((int64_t)bytes, ALIGNMENT));
+    take_chunk(&p, tokens);
+    const size_t bytes = (size_t)round_up((int64_t)tz_tokens_bytes(s, &p.tokens) + 1, ALIGNMENT);
+    void *room = aligned_alloc(ALIGNMENT, bytes);
     if (!room) return -1;
     tz_place_tokens(s, &p.tokens, room);
-    for (int64_t token = 0; token < tokens; token += CHUNK) {
+    for (int64_t token = 0; token < tokens; token += p.count) {
+        take_chunk(&p, tokens - token);
         p.x = (const char *)x + token * s->columns * size;
         p.y = (char *)y + token * s->rows * size;
-        set_count(&p, tokens - token < CHUNK ? tokens - token : CHUNK);
         if (p.count < p.tokens.count) memset(room, 0, bytes);
         threads = useful_threads(s, p.count, threads);
         void (*const run)(tz_work, void *, int64_t, int64_t, int) = tokens < MANY_TOKENS ? tz_run : tz_run_team;
