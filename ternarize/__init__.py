@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ternarize.process import sleep_while_waiting
+from ternarize.process import sleeping_threads
 
-sleep_while_waiting()
+with sleeping_threads():
+    import torch  # noqa: F401
 
-from ternarize.progress import Progress  # noqa: E402
-from ternarize.quantizer import TernarizeConfig, load  # noqa: E402
-from ternarize.recipe import Recipe  # noqa: E402
-from ternarize.runtime import TernaryLinear  # noqa: E402
-from ternarize.tensor import TernaryTensor  # noqa: E402
+from ternarize.progress import Progress
+from ternarize.quantizer import TernarizeConfig, load
+from ternarize.recipe import Recipe
+from ternarize.runtime import TernaryLinear
+from ternarize.tensor import TernaryTensor
 
 if TYPE_CHECKING:
     from ternarize.conversion import convert

@@ -147,8 +147,11 @@ class Reader:
         return finish_walk(self.model, self.blocks, hidden, ids, self._tuples)
 
     def _few_logits(self) -> dict[str, int]:
-        """What spares the model the logits of all tokens but the last, where it knows how."""
-        known = inspect.signature(type(self.model).forward).parameters  # not an instance's own, which `decoder` puts there
+        """What spares the model the logits of all tokens but the last, where it knows how.
+
+        Its class is asked: `decoder` puts a forward of its own in front.
+        """
+        known = inspect.signature(type(self.model).forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
