@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from ternarize.architecture import find_blocks
 from ternarize.block import advance
 from ternarize.calibration import Walk, finish_walk, product_dtype
 from ternarize.checkpoint import Checkpoint, place
-from ternarize.lesson import divergence, piecewise_mean
+from ternarize.lesson import hidden_divergence
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.tuning import Tuned, count_steps, learn, make_ternary, make_trainable
@@ -61,12 +60,7 @@ def tune_ending(
         def read(hidden: Tensor, part: slice) -> Tensor:
             return finish_walk(outside, blocks, hidden, ids[batch][:, part], teacher.calls[batch][-1].tuple_output)
 
-        def of_piece(hidden: Tensor, part: slice) -> Tensor:
-            with torch.no_grad():
-                expected = read(teacher.hidden[batch][:, part], part)
-            return divergence(expected, read(hidden, part))
-
-        return piecewise_mean(hidden, of_piece)
+        return hidden_divergence(read, read, teacher.hidden[batch], hidden)
 
     epochs = recipe.tune.ending_epochs
     with progress.bar("tuning the last blocks", total=count_steps(len(ids), recipe, epochs), unit="step") as bar:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.tensor import expand_groups, sum_groups
+from ternarize.tensor import expand_groups, sum_groups, times_scale
 
 OUTERMOST = 1 + torch.finfo(torch.float32).eps  # hardtanh passes what lies strictly inside
 
@@ -44,14 +44,6 @@ def learnt_linear(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None,
 def nearest_trits(codes: Tensor) -> Tensor:
     """The trits of positions, in float32; of trits, themselves."""
     return codes.round().clamp_(-1, 1) if codes.is_floating_point() else codes
-
-
-def times_scale(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    """values [O, I] times each group's scale [O, G], in their common type."""
-    rows, columns = values.shape
-    if columns % group_size:
-        return values * expand_groups(scale, columns, group_size)
-    return (values.view(rows, -1, group_size) * scale[:, :, None]).view(rows, columns)
 
 
 def _weight(codes: Tensor, scale: Tensor, shift: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:

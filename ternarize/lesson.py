@@ -111,6 +111,29 @@ class _PiecewiseMean(torch.autograd.Function):
         return upstream.to(gradient.dtype) * gradient, None
 
 
+def hidden_divergence(
+    teacher: Callable[[Tensor, slice], Tensor],
+    student: Callable[[Tensor, slice], Tensor],
+    expected: Tensor,
+    hidden: Tensor,
+    top: int = 0,
+) -> Tensor:
+    """Mean KL per token between what is read from the teacher's and the student's hidden states, piece by piece.
+
+    Args:
+        teacher, student: logits [B, P, V] of hidden states [B, P, H] and the slice of T that they are.
+        expected, hidden: the teacher's and the student's hidden states behind their last blocks, [B, T, H].
+        top: as in `divergence`.
+    """
+
+    def of_piece(piece: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            likely = teacher(expected[:, part], part)
+        return divergence(likely, student(piece, part), top)
+
+    return piecewise_mean(hidden, of_piece)
+
+
 class Reader:
     """A whole model, asked in two steps.
 
@@ -195,12 +218,10 @@ class Lesson:
     def divergence(self, windows: Tensor, expected: Tensor, hidden: Tensor, top: int = 0) -> Tensor:
         """Mean KL per token between what teacher and student make of their hidden states [B, T, H]."""
 
-        def of_piece(piece: Tensor, part: slice) -> Tensor:
-            with torch.no_grad():
-                teacher = self.teacher.logits(expected[:, part], windows[:, part])
-            return divergence(teacher, self.student.logits(piece, windows[:, part]), top)
+        def read(reader: Reader) -> Callable[[Tensor, slice], Tensor]:
+            return lambda piece, part: reader.logits(piece, windows[:, part])
 
-        return piecewise_mean(hidden, of_piece)
+        return hidden_divergence(read(self.teacher), read(self.student), expected, hidden, top)
 
     @torch.no_grad()
     def ask(self, windows: Tensor) -> tuple[Tensor, list[Tensor]]:

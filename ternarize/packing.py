@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError, TernarizeError
-from ternarize.tensor import Levels, expand_groups, group_count
+from ternarize.tensor import Levels, expand_groups, group_count, times_scale
 
 TRITS_PER_BYTE = 5
 TABLE_FLOATS = 2**22  # of a table that are rounded at a time, in several float32 copies
@@ -309,4 +309,4 @@ def split_table(packed: Tensor, columns: int, bits: int = 8) -> tuple[Tensor, Te
 def dequantize_table(packed: Tensor, columns: int, group_size: int, bits: int = 8) -> Tensor:
     """Records, uint8 [..., R] -> float32 [..., H]."""
     codes, scale = split_table(packed, columns, bits)
-    return codes * expand_groups(scale.float(), columns, group_size)
+    return times_scale(codes, scale.float(), group_size)

@@ -106,12 +106,13 @@ class Tuning(Learning):
 class Distillation(Learning):
     """Brief learning of the whole student from the whole teacher, at the end.
 
+    While there is more than one epoch, the teacher's hidden states are kept on disk, so that they are computed once.
+
     Args:
         samples: windows of the calibration sources and length, drawn anew.
         batch: windows in a step, per process.
         depths: blocks, evenly spaced, whose features OFF compares.
-        top: the teacher's likeliest tokens that the loss looks at, the rest being one outcome; 0 is all. With it, what
-            the teacher says is kept on disk while there is more than one epoch, so that it is computed once.
+        top: the teacher's likeliest tokens that the loss looks at, the rest being one outcome; 0 is all.
         checkpointing: keep only each block's input for the backward pass, for a third more time and much less memory.
         check: steps from one held-out measurement to the next.
         patience: checks without a gain that end the run.

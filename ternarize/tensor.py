@@ -23,6 +23,14 @@ def expand_groups(per_group: Tensor, in_features: int, group_size: int) -> Tenso
     return per_group.repeat_interleave(group_size, dim=-1)[..., :in_features]
 
 
+def times_scale(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """values [..., I] times the scale of their group, [..., G], in their common type; the last group may be short."""
+    columns = values.shape[-1]
+    if columns % group_size:
+        return values * expand_groups(scale, columns, group_size)
+    return (values.unflatten(-1, (-1, group_size)) * scale[..., None]).flatten(-2)  # the scales are not written out
+
+
 def sum_groups(values: Tensor, group_size: int) -> Tensor:
     """Sum over the columns of each group, [..., I] -> [..., G]; the last group may be short."""
     short = -values.shape[-1] % group_size
@@ -112,7 +120,7 @@ class TernaryTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight, [O, I]: `scale * trits + shift`, computed in float32 and then rounded to `dtype`."""
         in_features = self.trits.shape[1]
-        weight = expand_groups(self.scale.float(), in_features, self.group_size) * self.trits
+        weight = times_scale(self.trits, self.scale.float(), self.group_size)
         if self.shift is not None:
             weight += expand_groups(self.shift.float(), in_features, self.group_size)
         return weight.to(dtype)

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from ternarize.architecture import replace_module
 from ternarize.calibration import Walk, autocast, first_held_out
-from ternarize.learnt import learnt_linear, nearest_trits, times_scale
-from ternarize.packing import encode_levels, round_levels
+from ternarize.learnt import learnt_linear, nearest_trits
+from ternarize.packing import decode_levels, encode_levels, round_levels
 from ternarize.recipe import Learning, Recipe
 from ternarize.runtime import TernaryLinear
 from ternarize.solver import SMALLEST_SCALE
-from ternarize.tensor import TernaryTensor, expand_groups
+from ternarize.tensor import TernaryTensor, expand_groups, times_scale
 
 HUBER = 1.0  # where the loss turns linear, in the tokens' units
 SHARPEST = 30.0  # of the softened codes, when they are hardened
@@ -136,10 +136,13 @@ class TrainableTernary(nn.Module):
         trits = nearest_trits(self.position()).to(torch.int8)
         scale, shift = self._levels()
         levels = self.levels
-        if levels is not None:
+        if levels is None:
+            scale, shift = scale.half(), None if shift is None else shift.half()
+        else:
+            groups = scale.shape[1]
             levels = encode_levels(scale, shift, levels.scale_bits, levels.shift_bits, levels.limits)
-        scale, shift = self._round(scale, shift)
-        tensor = TernaryTensor(trits, scale.half(), None if shift is None else shift.half(), self.group_size, levels)
+            scale, shift = decode_levels(levels, groups)
+        tensor = TernaryTensor(trits, scale, shift, self.group_size, levels)
         linear = TernaryLinear.from_tensor(tensor, self.bias)
         linear.replaces = self.replaces
         return linear

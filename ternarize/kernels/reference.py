@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from ternarize.packing import dequantize_table, unpack_trits
-from ternarize.tensor import expand_groups
+from ternarize.tensor import expand_groups, times_scale
 
 SLICE_WEIGHTS = 1 << 22  # float weights alive at a time (16 MiB in float32)
 
 
 def ternary_weight(packed: Tensor, scale: Tensor, shift: Tensor | None, in_features: int, group_size: int) -> Tensor:
     """`scale * trits + shift` from packed trits, float32 [O, I]."""
-    weight = unpack_trits(packed, in_features, torch.float32)
-    weight = weight * expand_groups(scale.float(), in_features, group_size)
+    weight = times_scale(unpack_trits(packed, in_features, torch.float32), scale.float(), group_size)
     if shift is not None:
         weight += expand_groups(shift.float(), in_features, group_size)
     return weight

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError
-from ternarize.tensor import TernaryTensor, expand_groups
+from ternarize.tensor import TernaryTensor, expand_groups, times_scale
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def stored(tensor: TernaryTensor, kind: BlockType) -> Tensor:
         scale, shift = _spread_levels(tensor, kind.width)[0], None
     columns = tensor.shape[1]
     width = kind.unit or kind.width
-    weight = expand_groups(scale, columns, width) * tensor.trits
+    weight = times_scale(tensor.trits, scale, width)
     return weight if shift is None else weight + expand_groups(shift, columns, width)
 
 
