@@ -23,7 +23,7 @@ $(OUT)/report.json: | $(VENV)/.installed
 	$(RUN) convert $(MODEL) --output $(OUT) --recipe fast --resume
 
 test: $(VENV)/.installed-dev
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

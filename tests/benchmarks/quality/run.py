@@ -221,8 +221,10 @@ def compete(
 
 
 def _sha256(folder: Path) -> str:
-    """Of a checkpoint's config and weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    """Of a checkpoint's config and weights; which version of transformers wrote the config does not matter."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             while block := file.read(1 << 24):
