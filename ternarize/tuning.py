@@ -37,6 +37,7 @@ from ternarize.runtime import TernaryLinear
 from ternarize.solver import SMALLEST_SCALE
 from ternarize.tensor import TernaryTensor, expand_groups, times_scale
 
+HUBER = 1.0  # where the loss turns linear, in the tokens' units
 SHARPEST = 30.0  # of the softened codes, when they are hardened
 
 
@@ -268,14 +269,13 @@ def learn(
 
 
 def window_loss(student: Tensor, teacher: Tensor, channel: Tensor, off: float) -> Tensor:
-    """Half the squared error in units of each channel and token, plus `off` times one minus the cosine; a mean over tokens.
+    """Huber loss in units of each channel and token, plus `off` times one minus the cosine; a mean over tokens.
 
     Both units are geometric means, of a channel's (token's) own size and that of the median one, because a few are
     hundreds of times the others. In absolute units one channel of Gemma 3, with more than nine tenths of the energy of
     every token, would be all that counts, although the norm of the next block makes it one among many; and so would a
     few tokens, the attention sinks. In units of their own they would count as one of many, and a sink is more than
-    that: all other tokens attend to it. Squares and not Huber's loss, to which a sink that fails, or that appears where
-    the teacher has none, is an outlier like any: a student under it lost half of its sinks (recipes/README.md).
+    that: all other tokens attend to it.
 
     Args:
         student, teacher: [B, T, H].
@@ -284,7 +284,7 @@ def window_loss(student: Tensor, teacher: Tensor, channel: Tensor, off: float) -
     student, teacher = student.float() / channel, teacher.float() / channel
     size = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
     unit = (size * size.median()).sqrt()
-    loss = nn.functional.mse_loss(student / unit, teacher / unit) / 2
+    loss = nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
     if off:
         loss = loss + off * off_loss(student, teacher)
     return loss

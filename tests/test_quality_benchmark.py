@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from benchmarks.quality import contenders, zero_shot
 from benchmarks.quality.contenders import CONTENDERS, Contender, choose, stored_bytes
-from benchmarks.quality.run import _parser, run
+from benchmarks.quality.run import _parser, checkpoint_hash, run
 from benchmarks.quality.table import draw, markdown
 from tiny import make_model, make_text, make_tokenizer
 
@@ -211,3 +212,15 @@ def test_what_adapters_share_is_found_by_a_script_beside_it_and_as_part_of_the_p
         )
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) > 1 << 20
+
+
+def test_a_checkpoint_is_known_by_its_weights_and_config_not_by_who_wrote_it(llama: Path, tmp_path: Path) -> None:
+    """A results file goes on under another version of transformers, and under no other model."""
+
+    def with_config(**changes: object) -> str:
+        copy = shutil.copytree(llama, tmp_path / str(changes))
+        config = json.loads((copy / "config.json").read_text()) | changes
+        (copy / "config.json").write_text(json.dumps(config))
+        return checkpoint_hash(copy)
+
+    assert with_config() == with_config(transformers_version="0") != with_config(rms_norm_eps=0.1)

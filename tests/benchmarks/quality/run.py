@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     }
     results = {
         "source": arguments.source,
-        "checkpoint": _sha256(inputs.folder),
+        "checkpoint": checkpoint_hash(inputs.folder),
         "calibration": {"windows": list(inputs.ids.shape), "seed": arguments.seed, "sha256": fingerprint(inputs.ids)},
         "texts": {name: {"windows": list(ids.shape), "sha256": fingerprint(ids)} for name, ids in texts.items()},
         "zero_shot": {"items": arguments.items, "dtype": arguments.zero_shot_dtype, "lm_eval": lm_eval},
@@ -220,7 +220,7 @@ def compete(
     return weights | known["numbers"] | yardstick.measure(model, progress)
 
 
-def _sha256(folder: Path) -> str:
+def checkpoint_hash(folder: Path) -> str:
     """Of a checkpoint's config and weights; which version of transformers wrote the config does not matter."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("transformers_version", None)
