@@ -23,7 +23,7 @@ X86 = {
     "avx2.c": ("-mavx2", "-mfma", "-mf16c"),
     "avx512vnni.c": AVX512,
     "avx512vbmi.c": (*AVX512, "-mavx512vbmi"),
-    "amx.c": (*AVX512, "-mamx-tile", "-mamx-int8"),
+    "amx.c": (*AVX512, "-mamx-tile", "-mamx-bf16"),
 }
 NEON = {"neon.c": ("-march=armv8.2-a+dotprod",)}
 # One function for all numbers of tokens: the same loads and stores, and a fifth of the time to compile.

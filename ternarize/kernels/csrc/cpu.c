@@ -8,7 +8,7 @@
 #include <cpuid.h>
 
 enum { SSE_AND_AVX = 0x06, SSE_AVX_AND_AVX512 = 0xe6, TILES = 0x60000 };
-enum { AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };     /* of leaf 7; older compilers have no names for them */
+enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };     /* of leaf 7; older compilers have no names for them */
 
 /* XCR0: which registers the operating system saves when it changes from one thread to another. */
 static unsigned saved_registers(void) {
@@ -45,7 +45,7 @@ tz_features tz_find_features(void) {
     found.avx512 = (saved & SSE_AVX_AND_AVX512) == SSE_AVX_AND_AVX512 && (b & parts) == parts;
     found.vnni = found.avx512 && (c & bit_AVX512VNNI);
     found.vbmi = found.avx512 && (c & bit_AVX512VBMI);
-    found.amx = (saved & TILES) == TILES && (d & AMX_TILE) && (d & AMX_INT8) && ask_for_tiles();
+    found.amx = (saved & TILES) == TILES && (d & AMX_TILE) && (d & AMX_BF16) && ask_for_tiles();
     return found;
 }
 
@@ -72,6 +72,6 @@ const char *tz_cpu_features(void) {
     const tz_features f = tz_find_features();
     snprintf(text, sizeof text, "%s%s%s%s%s%s%s%s", f.avx2 ? "avx2 " : "", f.fma ? "fma " : "", f.f16c ? "f16c " : "",
              f.avx512 ? "avx512 " : "", f.vnni ? "avx512_vnni " : "", f.vbmi ? "avx512_vbmi " : "",
-             f.amx ? "amx_int8 " : "", f.dotprod ? "dotprod " : "");
+             f.amx ? "amx_bf16 " : "", f.dotprod ? "dotprod " : "");
     return text;
 }

@@ -3,7 +3,7 @@
 
 typedef struct {
     int avx2, fma, f16c, avx512, vnni, vbmi;     /* avx512: F, BW, DQ and VL together */
-    int amx;                                     /* tiles and int8, and permission to use them */
+    int amx;                                     /* tiles and bfloat16, and permission to use them */
     int dotprod;
 } tz_features;
 

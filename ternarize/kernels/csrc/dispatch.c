@@ -98,7 +98,8 @@ int64_t tz_packed_bytes(const tz_shape *s) { return divide_up(s->rows, ROWS) * s
 
 /* -- products ---------------------------------------------------------------------------------------------------- */
 
-enum { CHUNK = 256, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19, MANY_TOKENS = 16, ALIGNMENT = 64 };
+enum { CHUNK = 256, LEAST_CHUNK = 64, TOKEN_GRAIN = 4, LEAST_WORK = 1 << 19, MANY_TOKENS = 16, ALIGNMENT = 64 };
+enum { SECOND_CACHE = 1 << 20 };             /* bytes of it for the activations of a kernel of many tokens */
 
 typedef struct {
     const tz_shape *shape;
@@ -112,9 +113,11 @@ typedef struct {
     int64_t count;            /* of tokens, without filling */
 } product;
 
+static int wide(const product *p) { return p->tokens.tile == WIDE_TILE; }
+
 static void prepare_tokens(void *context, int64_t first, int64_t last) {
     product *p = context;
-    p->kernels->prepare(p->shape, p->x, p->dtype, &p->tokens, first, last);
+    (wide(p) ? p->kernels->prepare_many : p->kernels->prepare)(p->shape, p->x, p->dtype, &p->tokens, first, last);
 }
 
 /* 16 rows and all tokens, tile by tile -> y [count][16]. */
@@ -126,22 +129,29 @@ static void multiply_tiles(const product *p, const uint8_t *weights, int rows, f
             p->kernels->ternary(p->shape, weights, &p->tokens, token, y);
 }
 
+static int rows_of(const tz_shape *s, int64_t block) {
+    return (int)(s->rows - block * ROWS < ROWS ? s->rows - block * ROWS : ROWS);
+}
+
 /* Blocks first .. last of 16 rows, all tokens; a block's weights stay in the cache while the tokens pass. */
 static void multiply(void *context, int64_t first, int64_t last) {
     product *p = context;
     const tz_shape *s = p->shape;
     const int64_t size = tz_element(p->dtype);
-    for (int64_t block = first; block < last; block++) {
-        const int64_t row = block * ROWS;
-        const int rows = (int)(s->rows - row < ROWS ? s->rows - row : ROWS);
-        const uint8_t *weights = p->weights + (s->record_bytes ? row * s->record_bytes : block * s->block_bytes);
-        const float *bias = p->bias ? p->bias + row : NULL;
-        float y[CHUNK * ROWS];
-        if (p->tokens.tile == WIDE_TILE)
-            p->kernels->many(s, weights, &p->tokens, y);
+    for (int64_t block = first; block < last;) {
+        const uint8_t *weights =
+            p->weights + (s->record_bytes ? block * ROWS * s->record_bytes : block * s->block_bytes);
+        const int64_t end = wide(p) && block + WIDE_BLOCKS <= last ? block + WIDE_BLOCKS : block + 1;
+        float y[WIDE_BLOCKS * CHUNK * ROWS] __attribute__((aligned(ALIGNMENT)));
+        if (wide(p))
+            p->kernels->many(s, weights, (int)(end - block), &p->tokens, y);
         else
-            multiply_tiles(p, weights, rows, y);
-        p->kernels->store(y, bias, rows, (int)p->count, s->rows, p->y + row * size, p->dtype);
+            multiply_tiles(p, weights, rows_of(s, block), y);
+        for (const float *own = y; block < end; block++, own += p->tokens.count * ROWS) {
+            const int64_t row = block * ROWS;
+            const float *bias = p->bias ? p->bias + row : NULL;
+            p->kernels->store(own, bias, rows_of(s, block), (int)p->count, s->rows, p->y + row * size, p->dtype);
+        }
     }
 }
 
@@ -150,15 +160,31 @@ static int useful_threads(const tz_shape *s, int64_t tokens, int threads) {
     return (double)s->rows * (double)s->columns * (double)tokens < LEAST_WORK ? 1 : threads;
 }
 
-/* The next chunk out of the tokens that are left. For `many`, if they are enough for it, it is filled up with tokens of
- * zeros, or a few are left to `ternary`. */
+/* Tokens of a chunk for `many`: their activations are read again for every block, from the second cache. */
+static int64_t wide_chunk(const tz_kernels *k, const tz_shape *s) {
+    const int64_t fit = SECOND_CACHE / k->many_bytes(s, WIDE_TILE) * WIDE_TILE;
+    return fit > CHUNK ? CHUNK : fit < LEAST_CHUNK ? LEAST_CHUNK : fit;
+}
+
+/* The next chunk out of the tokens that are left. For `many`, if they are enough for it, it is filled up with tokens
+ * whose results nobody wants, or a few are left to `ternary`. */
 static void take_chunk(product *p, int64_t left) {
-    int64_t count = left < CHUNK ? left : CHUNK;
-    const int many = p->kernels->many && !p->shape->record_bytes && !p->tokens.exact && count >= WIDE_TILE;
+    const int many = p->kernels->many && !p->shape->record_bytes && !p->tokens.exact && left > TILE;
+    const int64_t most = many ? wide_chunk(p->kernels, p->shape) : CHUNK;
+    int64_t count = left < most ? left : most;
     if (many && count % WIDE_TILE <= TILE) count -= count % WIDE_TILE;
     p->count = count;
     p->tokens.tile = many ? WIDE_TILE : TILE;
     p->tokens.count = many ? round_up(count, WIDE_TILE) : count;
+}
+
+/* Bytes for the activations of this chunk, which is the largest, and of a few tokens that it leaves. */
+static size_t room_for(const product *p) {
+    if (!wide(p)) return (size_t)round_up((int64_t)tz_tokens_bytes(p->shape, &p->tokens) + 1, ALIGNMENT);
+    const tz_tokens few = {.count = TILE};
+    const int64_t left = (int64_t)tz_tokens_bytes(p->shape, &few);
+    const int64_t many = p->kernels->many_bytes(p->shape, p->tokens.count);
+    return (size_t)round_up(left > many ? left : many, ALIGNMENT);
 }
 
 static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, const void *x, void *y, int64_t tokens,
@@ -166,19 +192,19 @@ static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, 
     const int64_t size = tz_element(dtype);
     product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}, 0};
     take_chunk(&p, tokens);
-    const size_t bytes = (size_t)round_up((int64_t)tz_tokens_bytes(s, &p.tokens) + 1, ALIGNMENT);
+    const size_t bytes = room_for(&p);
     void *room = aligned_alloc(ALIGNMENT, bytes);
     if (!room) return -1;
-    tz_place_tokens(s, &p.tokens, room);
+    if (p.count < p.tokens.count) memset(room, 0, bytes);
     for (int64_t token = 0; token < tokens; token += p.count) {
         take_chunk(&p, tokens - token);
         p.x = (const char *)x + token * s->columns * size;
         p.y = (char *)y + token * s->rows * size;
-        if (p.count < p.tokens.count) memset(room, 0, bytes);
+        tz_place_tokens(s, &p.tokens, room);
         threads = useful_threads(s, p.count, threads);
         void (*const run)(tz_work, void *, int64_t, int64_t, int) = tokens < MANY_TOKENS ? tz_run : tz_run_team;
         run(prepare_tokens, &p, p.count, TOKEN_GRAIN, threads);
-        run(multiply, &p, divide_up(s->rows, ROWS), 1, threads);
+        run(multiply, &p, divide_up(s->rows, ROWS), wide(&p) ? WIDE_BLOCKS : 1, threads);
     }
     free(room);
     return 0;

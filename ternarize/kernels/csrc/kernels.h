@@ -27,9 +27,6 @@ typedef struct {
     /* One block of rows and the tile of tokens that begins with `first` -> y [count][16]. */
     void (*ternary)(const tz_shape *, const uint8_t *block, const tz_tokens *, int64_t first, float *y);
 
-    /* The same for all tokens, with int8 activations and in whole tiles of WIDE_TILE; NULL where it is no faster. */
-    void (*many)(const tz_shape *, const uint8_t *block, const tz_tokens *, float *y);
-
     /* As `ternary`, with up to 16 rows of a table. */
     void (*table)(const tz_shape *, const uint8_t *records, int rows, const tz_tokens *, int64_t first, float *y);
 
@@ -41,6 +38,13 @@ typedef struct {
     void (*rotate)(float *head, const float *rope, int64_t size);
     void (*attend)(const tz_attention *, const float *query, float *scores, float *out);
     void (*gate)(const float *up, int activation, float *out);
+
+    /* For many tokens, in tiles of WIDE_TILE, where there is something faster; else NULL. Bytes for their activations,
+     * in a form of their own (`halves`); as `prepare`; and up to WIDE_BLOCKS blocks, all tokens
+     * -> y [blocks][count][16]. */
+    int64_t (*many_bytes)(const tz_shape *, int64_t tokens);
+    void (*prepare_many)(const tz_shape *, const void *x, int dtype, tz_tokens *, int64_t first, int64_t last);
+    void (*many)(const tz_shape *, const uint8_t *weights, int blocks, const tz_tokens *, float *y);
 } tz_kernels;
 
 /* NULL where there is no such path. */

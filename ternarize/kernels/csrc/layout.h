@@ -55,14 +55,15 @@ struct tz_shape {
 
 /* Activations of some tokens, as kernels read them: tiles of up to `tile` tokens, in each the pieces, in each its
  * tokens, one place each (see tz_place). */
-enum { TILE = 8, WIDE_TILE = 16 };
+enum { TILE = 8, WIDE_TILE = 16, WIDE_BLOCKS = 2 };
 
 typedef struct {
     int exact;
-    int tile;                 /* TILE, or WIDE_TILE for a kernel of many tokens */
+    int tile;                 /* TILE, or WIDE_TILE for a kernel of many tokens, which has `halves` and nothing else */
     int64_t count;
     int8_t *codes;            /* [places][stride], int8 activations */
     float *values;            /* [places][stride], float activations (exact) */
+    uint16_t *halves;         /* activations for a kernel of many tokens, which knows their order */
     float *scale;             /* [places], of the codes; NaN where an activation is not finite */
     int32_t *minus_sum;       /* [places], minus the sum of the codes */
     float *sum;               /* [places], of the activations themselves */
@@ -89,6 +90,7 @@ static inline void tz_place_tokens(const tz_shape *s, tz_tokens *t, void *room) 
     const size_t pieces = (size_t)(t->count * s->pieces), all = pieces * (size_t)s->stride;
     t->codes = room;
     t->values = room;
+    t->halves = room;
     t->sum = (float *)((char *)room + all * (t->exact ? sizeof(float) : 1));
     t->scale = t->sum + pieces;
     t->minus_sum = (int32_t *)(t->scale + pieces);

@@ -368,7 +368,10 @@ static void store(const float *y, const float *bias, int rows, int count, int64_
         if (bias)
             for (int r = 0; r < rows; r++) value[r] += bias[r];
         if (dtype == TZ_FLOAT32) {
-            memcpy((float *)out + m * out_stride, value, (size_t)rows * sizeof(float));
+            if (rows == ROWS)
+                memcpy((float *)out + m * out_stride, value, sizeof value);
+            else
+                memcpy((float *)out + m * out_stride, value, (size_t)rows * sizeof(float));
             continue;
         }
         for (int r = 0; r < ROWS; r++) half[r] = dtype == TZ_BFLOAT16 ? to_bfloat16(value[r]) : to_float16(value[r]);
@@ -378,6 +381,6 @@ static void store(const float *y, const float *bias, int rows, int count, int64_
 
 #include "block.h"
 
-#define KERNELS_WITH(path, five, many) \
-    {path, five, prepare, ternary, many, table, store, normalize, rotate, attend, gate}
-#define KERNELS(path, five) KERNELS_WITH(path, five, NULL)
+#define KERNELS_WITH(path, five, ...) \
+    {path, five, prepare, ternary, table, store, normalize, rotate, attend, gate, __VA_ARGS__}
+#define KERNELS(path, five) KERNELS_WITH(path, five, NULL, NULL, NULL)

@@ -8,6 +8,7 @@
 #include <simde/x86/fma.h>
 
 /* What SIMDe 0.7.4 lacks, as Intel's guide defines it. */
+typedef uint32_t __mmask32;
 typedef uint64_t __mmask64;
 
 #define EACH_LANE for (int i = 0; i < 16; i++)
@@ -38,6 +39,17 @@ static inline __m512i _mm512_srai_epi32(__m512i a, unsigned by) {
     EACH_LANE out.i32[i] >>= by;
     return simde__m512i_from_private(out);
 }
+
+/* In each 128 bits, the lower (upper) four of eight lanes in the order that two bits of `by` each name. */
+static inline __m512i four_of_eight(__m512i a, int first, int by) {
+    const simde__m512i_private from = simde__m512i_to_private(a);
+    simde__m512i_private out = from;
+    for (int i = 0; i < 32; i++)
+        if (i % 8 / 4 * 4 == first) out.i16[i] = from.i16[i / 8 * 8 + first + (by >> 2 * (i % 4) & 3)];
+    return simde__m512i_from_private(out);
+}
+static inline __m512i _mm512_shufflelo_epi16(__m512i a, int by) { return four_of_eight(a, 0, by); }
+static inline __m512i _mm512_shufflehi_epi16(__m512i a, int by) { return four_of_eight(a, 4, by); }
 
 static inline float _mm512_reduce_add_ps(__m512 a) {
     const simde__m512_private from = simde__m512_to_private(a);
@@ -93,15 +105,22 @@ static inline void _tile_stored(int t, void *to, long stride) {
         memcpy((char *)to + r * stride, tiles.tile[t][r], tiles.config.row_bytes[t]);
 }
 
-static inline void _tile_dpbssd(int to, int a, int b) {
+static inline float bfloat16_at(const uint8_t *from) {
+    const uint32_t bits = (uint32_t)from[0] << 16 | (uint32_t)from[1] << 24;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline void _tile_dpbf16ps(int to, int a, int b) {
     const tile_config *c = &tiles.config;
     must(c->rows[to] == c->rows[a] && c->row_bytes[a] == 4 * c->rows[b] && c->row_bytes[to] == c->row_bytes[b]);
     for (int m = 0; m < c->rows[to]; m++)
-        for (int k = 0; k < c->row_bytes[a]; k++)
+        for (int k = 0; k < c->row_bytes[a] / 2; k++)
             for (int n = 0; n < c->row_bytes[b] / 4; n++) {
-                int32_t sum;
+                float sum;
                 memcpy(&sum, &tiles.tile[to][m][4 * n], sizeof sum);
-                sum += (int8_t)tiles.tile[a][m][k] * (int8_t)tiles.tile[b][k / 4][4 * n + k % 4];
+                sum += bfloat16_at(&tiles.tile[a][m][2 * k]) * bfloat16_at(&tiles.tile[b][k / 2][4 * n + 2 * (k % 2)]);
                 memcpy(&tiles.tile[to][m][4 * n], &sum, sizeof sum);
             }
 }
