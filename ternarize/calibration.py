@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def product_dtype(device: torch.device) -> torch.dtype:
 def autocast(device: torch.device) -> torch.autocast:
     """Products in bfloat16 where they are fast, in float32 elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=autocast_enabled(device))
+
+
+@contextmanager
+def rounded_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 with both sides rounded as in `autocast`, where that is faster, and sums in float32.
+
+    For sums over inputs, which autocast would sum in bfloat16, and which reach a linear rounded in any case.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if autocast_enabled(device) else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def batches(ids: Tensor) -> list[Tensor]:
@@ -335,7 +350,8 @@ class _Sums:
             x_NI = x.reshape(-1, x.shape[-1]).float()
             if name not in self.second:
                 self.second[name] = x_NI.new_zeros(x_NI.shape[1], x_NI.shape[1])
-            _add_gram(self.second[name], x_NI)
+            with rounded_products(x.device):
+                _add_gram(self.second[name], x_NI)
             self.tokens[name] = self.tokens.get(name, 0) + len(x_NI)
 
     def add_teacher(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
@@ -350,7 +366,8 @@ class _Sums:
             student_NI = self.inputs[name].reshape(x_NI.shape).float()
             if name not in self.cross:
                 self.cross[name] = torch.zeros_like(self.second[name])
-            self.cross[name].addmm_(student_NI.t(), x_NI)
+            with rounded_products(x.device):
+                self.cross[name].addmm_(student_NI.t(), x_NI)
 
     def statistics(self) -> dict[str, LinearStatistics]:
         """Means over the tokens."""

@@ -269,25 +269,43 @@ def learn(
 
 
 def window_loss(student: Tensor, teacher: Tensor, channel: Tensor, off: float) -> Tensor:
-    """Huber loss in units of each channel and token, plus `off` times one minus the cosine; a mean over tokens.
+    """What the window's output is off by, each channel in units of its own: `huber_loss` plus `missed_share`; no unit.
 
-    Both units are geometric means, of a channel's (token's) own size and that of the median one, because a few are
-    hundreds of times the others. In absolute units one channel of Gemma 3, with more than nine tenths of the energy of
-    every token, would be all that counts, although the norm of the next block makes it one among many; and so would a
-    few tokens, the attention sinks. In units of their own they would count as one of many, and a sink is more than
-    that: all other tokens attend to it.
+    The channels' units are geometric means, of a channel's own size and that of the median one. In absolute units one
+    channel of Gemma 3, with more than nine tenths of the energy of every token, would be all that counts, although the
+    norm of the next block makes it one among many.
 
     Args:
         student, teacher: [B, T, H].
         channel: the unit of each [H], as `channel_unit` finds it in the teacher's.
+        off: weight of one minus the cosine, a mean over tokens.
     """
     student, teacher = student.float() / channel, teacher.float() / channel
-    size = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
-    unit = (size * size.median()).sqrt()
-    loss = nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
+    loss = huber_loss(student, teacher) + missed_share(student, teacher)
     if off:
         loss = loss + off * off_loss(student, teacher)
     return loss
+
+
+def huber_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss of features [..., H] in units of each token, a mean over all.
+
+    The unit is the geometric mean of a token's own size and that of the median one, because a few are hundreds of times
+    the others, the attention sinks. In absolute units they would be all that counts. In units of their own they would
+    count as one of many, and a sink is more than that: all other tokens attend to it.
+    """
+    size = teacher.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+    unit = (size * size.median()).sqrt()
+    return nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
+
+
+def missed_share(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of features as a share of their energy, ||student - teacher||^2 / ||teacher||^2.
+
+    Huber's loss is linear where a sink fails altogether, and there as weak as for any outlier. This is not: a lost sink,
+    or a token that becomes one and is none for the teacher, is most of what is missed.
+    """
+    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
 
 
 def channel_unit(teacher: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: O out features, I in features, G groups in a row, B windows, T tokens, H
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,10 @@ from ternarize.tuning import (
     SHARPEST,
     TrainableTernary,
     channel_unit,
+    huber_loss,
     make_ternary,
     make_trainable,
+    missed_share,
     schedule,
     sharpness,
 )
@@ -156,7 +159,7 @@ def test_a_token_counts_by_the_size_of_its_activations() -> None:
     def loss_of(token: int) -> float:
         student = teacher.clone()
         student[0, token] *= 1.01
-        return float(window_loss(student, teacher, 0.0))
+        return float(huber_loss(student, teacher))
 
     assert loss_of(1) == pytest.approx(0.5 * 0.01**2 / 5, rel=1e-3)
     assert loss_of(0) == pytest.approx(100 * loss_of(1), rel=1e-3)
@@ -171,10 +174,29 @@ def test_a_channel_counts_by_the_square_root_of_its_size() -> None:
     def loss_of(channel: int, by: float) -> float:
         student = teacher.clone()
         student[..., channel] += by
-        return float(window_loss(student, teacher, 0.0))
+        unit = channel_unit(teacher)
+        return float(huber_loss(student / unit, teacher / unit))
 
     assert loss_of(3, 1.0) == pytest.approx(100 * loss_of(2, 0.01), rel=1e-3)  # the same share of either
     assert loss_of(4, 0.01) == pytest.approx(100 * loss_of(2, 0.01), rel=1e-3)  # as at a hundredth of the others
+
+
+def test_a_lost_sink_pulls_harder_the_more_of_it_is_lost() -> None:
+    """Where Huber's loss pulls no harder than for any outlier."""
+    teacher = torch.ones(1, 50, 8)
+    teacher[0, 0] *= 100
+
+    def pull(loss: Callable[[Tensor, Tensor], Tensor], left: float) -> float:
+        student = teacher.clone()
+        student[0, 0] *= left
+        student.requires_grad_()
+        loss(student, teacher).backward()
+        assert student.grad is not None
+        return float(student.grad[0, 0].norm())
+
+    assert pull(huber_loss, 0.1) == pytest.approx(pull(huber_loss, 0.5), rel=1e-4)
+    assert pull(missed_share, 0.1) == pytest.approx(1.8 * pull(missed_share, 0.5), rel=1e-4)
+    assert float(missed_share(torch.zeros(2, 3), torch.ones(2, 3))) == 1
 
 
 def test_off_is_one_minus_the_cosine() -> None:
