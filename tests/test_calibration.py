@@ -10,7 +10,7 @@ import torch
 from tiny import VOCABULARY
 
 from ternarize import Recipe, calibration
-from ternarize.calibration import batches, first_held_out, mix_random
+from ternarize.calibration import batches, first_held_out, mix_random, rounded_products
 from ternarize.conversion import convert
 from ternarize.progress import Progress
 from ternarize.recipe import Calibration
@@ -62,3 +62,15 @@ def test_a_symmetric_sum_by_halves_is_the_whole_sum(columns: int, monkeypatch: p
     for part in parts:
         calibration._add_gram(total, part)
     torch.testing.assert_close(calibration._mirror(total), sum(part.t() @ part for part in parts))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_sums_over_inputs_are_rounded_where_products_are_and_the_setting_is_put_back(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "autocast_enabled", lambda device: fast)
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), rounded_products(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == ("medium" if fast else before)
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
