@@ -302,8 +302,8 @@ def huber_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def missed_share(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared error of features as a share of their energy, ||student - teacher||^2 / ||teacher||^2.
 
-    Huber's loss is linear where a sink fails altogether, and there as weak as for any outlier. This is not: a lost sink,
-    or a token that becomes one and is none for the teacher, is most of what is missed.
+    Huber's loss is linear where a sink fails altogether, and there as weak as for any outlier. This is not: a lost
+    sink, or a token that becomes one and is none for the teacher, is most of what is missed.
     """
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
 

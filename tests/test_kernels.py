@@ -88,7 +88,7 @@ def rounding_bound(x: Tensor, weight: TernaryTensor) -> Tensor:
 
 
 def int8_bound(path: cpu.Native, x: Tensor, weight: TernaryTensor) -> Tensor:
-    """How far activations that need not be exact may lead, [B, O]: AMX has many tokens and their weights in bfloat16."""
+    """How far activations that need not be exact may lead, [B, O]: AMX has many tokens and weights in bfloat16."""
     bound = rounding_bound(x, weight) + 1e-6 * summands(x, weight)
     if path.name == "amx" and len(x) > FEW:
         bound = bound.maximum(1.01 * 2**-7 * (x.double().abs() @ weight.dequantize().double().abs().T))
