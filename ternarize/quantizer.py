@@ -255,7 +255,8 @@ def load(
     Args:
         folder: what `ternarize convert` wrote.
         device_map, dtype, **kwargs: as in `from_pretrained`; dtype is that of activations and of what stayed float.
-        activations: what the native CPU kernels round activations to: "int8" (the default), or "float" for none.
+        activations: what the native CPU kernels round activations to: "int8" (the default; bfloat16 where
+            AMX multiplies a prompt), or "float" for none.
 
     Returns:
         (model, tokenizer)

@@ -51,7 +51,8 @@ TZ_API void tz_pack_ternary(const tz_shape *shape, const uint8_t *trits, const u
                             uint8_t *packed, int threads);
 
 /* y = x W' + bias.   x [M, I] and y [M, O] in `dtype`; bias float [O] or NULL.
- * exact: float activations; otherwise int8, one scale per token and piece of a group (see layout.h). */
+ * exact: float activations; otherwise int8, one scale per token and piece of a group (see layout.h), and bfloat16 on
+ * both sides where AMX multiplies more than eight tokens. */
 TZ_API int tz_ternary_linear(const tz_shape *shape, const uint8_t *packed, const float *bias, const void *x, void *y,
                              int64_t tokens, int dtype, int exact, int threads);
 
