@@ -28,6 +28,11 @@ class StoppedError(TernarizeError):
     exit_code = 4
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; the name of its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(word: str, known: Iterable[object]) -> str:
     """` (did you mean 'x'?)` for what a mistyped name may have meant, or "" where nothing is near."""
     close = difflib.get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.5)

@@ -33,7 +33,7 @@ from huggingface_hub.utils import (
 )
 from yaml import YAMLError
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, first_line
 from ternarize.files import INDEX_FILE, SINGLE_FILE, find_shards, read_header
 from ternarize.format import QUANT_METHOD
 from ternarize.hub import CARD_FILE, PLACE
@@ -299,8 +299,9 @@ def _explained(repo: str, state: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise TernarizeError(f"{_reason(repo, error)} {state}") from error
     except Exception as error:  # httpx, hf_xet and the client's own checks raise each their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TernarizeError(f"the Hub at {constants.ENDPOINT} could not be used: {reason} {state}") from error
+        raise TernarizeError(
+            f"the Hub at {constants.ENDPOINT} could not be used: {first_line(error)} {state}"
+        ) from error
 
 
 def _reason(repo: str, error: HfHubHTTPError) -> str:

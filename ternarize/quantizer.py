@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ternarize.errors import FormatError, TernarizeError
+from ternarize.errors import FormatError, TernarizeError, first_line
 from ternarize.files import find_shards, read_header
 from ternarize.format import QUANT_METHOD, TRIPWIRE, Layout
 from ternarize.grids import Grid
@@ -285,8 +285,7 @@ def load(
             run_natively(model, activations)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TernarizeError(f"{folder}: transformers cannot load it: {reason} Check the path.") from error
+        raise TernarizeError(f"{folder}: transformers cannot load it: {first_line(error)} Check the path.") from error
 
 
 def check_folder(folder: Path) -> None:

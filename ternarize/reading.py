@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, first_line
 
 Message = dict[str, str]
 Item = str | list[Message]
@@ -94,8 +94,7 @@ def _read_hub(source: str) -> Iterator[Item]:
     except TernarizeError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise; name the source, keep the cause
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TernarizeError(
-            f"text source {source!r} is not self, pydoc or a file, and could not be read as a Hub dataset: {reason} "
-            "Check the spelling or the connection; self needs neither."
+            f"text source {source!r} is not self, pydoc or a file, and could not be read as a Hub dataset: "
+            f"{first_line(error)} Check the spelling or the connection; self needs neither."
         ) from error

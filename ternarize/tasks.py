@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ternarize import hub
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, first_line
 from ternarize.evaluate import load_any
 from ternarize.progress import Progress
 from ternarize.reading import read_text
@@ -220,9 +220,8 @@ def _load(names: list[str], data: Path | None, items: int | None) -> Any:
     try:
         loaded = manager.load(others)
     except Exception as error:  # definitions run code of their own, and datasets raises what its readers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TernarizeError(
-            f"lm-eval cannot load {', '.join(others)}: {reason} Check the connection, "
+            f"lm-eval cannot load {', '.join(others)}: {first_line(error)} Check the connection, "
             "or give --task-data a folder with the tasks' files."
         ) from error
     tasks = local | loaded["tasks"]
