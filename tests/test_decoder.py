@@ -68,17 +68,29 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5 * float(want.abs().max()))
 
 
+class Counts(list[int]):
+    """Its only element: native steps so far."""
+
+    prompts: list[int]  # tokens of each text that was read natively
+
+
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the native steps."""
-    count = [0]
-    original = NativeDecoder.step
+def steps(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    """Counts what runs natively."""
+    count = Counts([0])
+    count.prompts = []
+    one, many = NativeDecoder.step, decoder.read_prompt
 
     def step(self: NativeDecoder, *arguments: Any) -> Tensor:
         count[0] += 1
-        return original(self, *arguments)
+        return one(self, *arguments)
+
+    def read(*arguments: Any) -> Tensor:
+        count.prompts.append(len(arguments[3]))
+        return many(*arguments)
 
     monkeypatch.setattr(NativeDecoder, "step", step)
+    monkeypatch.setattr(decoder, "read_prompt", read)
     return count
 
 
@@ -93,14 +105,16 @@ def walk(model: Any, parts: list[Any], cache: Any) -> list[Tensor]:
     return out
 
 
-def compare(model: Any, parts: list[Any], new: Callable[[], Any], steps: list[int], expected: int) -> None:
+def compare(model: Any, parts: list[Any], new: Callable[[], Any], steps: Counts, expected: int) -> None:
     """Both ways through `parts`; the caches hold the same in the end."""
     ours, theirs = new(), new()
+    steps.prompts.clear()
     got = walk(model, parts, ours)
-    assert steps[0] == expected
+    read = [part for part in parts if isinstance(part, int) and part > 1]
+    assert (steps[0], steps.prompts) == (expected, read)
     with decoder.linear_by_linear():
         want = walk(model, parts, theirs)
-    assert steps[0] == expected
+    assert (steps[0], steps.prompts) == (expected, read)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b)
     assert ours.get_seq_length() == theirs.get_seq_length()
@@ -114,9 +128,7 @@ def compare(model: Any, parts: list[Any], new: Callable[[], Any], steps: list[in
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_match_the_forward(
-    family: str, path: cpu.Native, steps: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_match_the_forward(family: str, path: cpu.Native, steps: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder.cache, "ROOM", 4)  # caches grow again and again
     model = make_ternary(family)
     compare(model, [5, *[1] * 30], lambda: DynamicCache(config=model.config), steps, 30)
@@ -125,7 +137,7 @@ def test_steps_match_the_forward(
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cache_that_keeps_all_positions_serves_windows_too(family: str, steps: list[int]) -> None:
+def test_a_cache_that_keeps_all_positions_serves_windows_too(family: str, steps: Counts) -> None:
     compare(make_ternary(family), [20, *[1] * 10], DynamicCache, steps, 10)
 
 
@@ -144,14 +156,14 @@ def test_a_cache_that_keeps_all_positions_serves_windows_too(family: str, steps:
     ],
     ids=str,
 )
-def test_variants_of_llama(changes: dict[str, Any], path: cpu.Native, steps: list[int]) -> None:
+def test_variants_of_llama(changes: dict[str, Any], path: cpu.Native, steps: Counts) -> None:
     model = make_ternary(**changes)
     compare(model, [7, *[1] * 20], lambda: DynamicCache(config=model.config), steps, 20)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_is_the_same(family: str, steps: list[int]) -> None:
+def test_greedy_generation_is_the_same(family: str, steps: Counts) -> None:
     model = make_ternary(family)
     arguments: dict[str, Any] = {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False}
     ids = tokens(9)
@@ -164,7 +176,7 @@ def test_greedy_generation_is_the_same(family: str, steps: list[int]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_int8_activations_are_as_far_from_exact_ones_as_ever(family: str, path: cpu.Native, steps: list[int]) -> None:
+def test_int8_activations_are_as_far_from_exact_ones_as_ever(family: str, path: cpu.Native, steps: Counts) -> None:
     """Not the same: what rounds one activation up and the next one down is the last bit of a float."""
     model, exact = make_ternary(family, "int8"), make_ternary(family)
     parts = [5, *[1] * 20]
@@ -180,7 +192,7 @@ def test_int8_activations_are_as_far_from_exact_ones_as_ever(family: str, path: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_sixteen_bit_models_are_closer_to_the_exact_result(
-    family: str, dtype: torch.dtype, path: cpu.Native, steps: list[int]
+    family: str, dtype: torch.dtype, path: cpu.Native, steps: Counts
 ) -> None:
     model = make_ternary(family)
     parts = [5, *[1] * 20]
@@ -195,7 +207,7 @@ def test_sixteen_bit_models_are_closer_to_the_exact_result(
 
 
 @torch.no_grad()
-def test_threads_do_not_change_a_step(steps: list[int]) -> None:
+def test_threads_do_not_change_a_step(steps: Counts) -> None:
     model = make_ternary(hidden_size=512, intermediate_size=1024, num_attention_heads=8, head_dim=64)
     model.lm_head = torch.nn.Identity()  # torch's, whose sums do depend on its threads on some processors
     before = torch.get_num_threads()
@@ -210,18 +222,37 @@ def test_threads_do_not_change_a_step(steps: list[int]) -> None:
     assert steps[0] == 12
 
 
+# -- a prompt ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", ["all", "windows"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_longer_than_windows_follow_each_other(
+    family: str, cached: str, path: cpu.Native, steps: Counts
+) -> None:
+    model = make_ternary(family)
+    config = model.config if cached == "windows" else None
+    compare(model, [20, 9, 1, 2, 30], lambda: DynamicCache(config=config), steps, 1)
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_piece_by_piece(path: cpu.Native, steps: Counts) -> None:
+    compare(make_ternary(intermediate_size=41), [600, 1], DynamicCache, steps, 1)
+
+
 # -- one cache, both ways ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_and_ordinary_forwards_take_turns(family: str, steps: list[int]) -> None:
+def test_steps_and_ordinary_forwards_take_turns(family: str, steps: Counts) -> None:
     model = make_ternary(family)
     parts = [4, 1, 1, lambda cache: cache.crop(-3), 1, 3, 1, 1, lambda cache: cache.crop(-1), 1, 12, 1, 1, 5, 1]
     compare(model, parts, lambda: DynamicCache(config=model.config), steps, 9)
 
 
-def test_inference_mode_comes_and_goes(steps: list[int]) -> None:
+def test_inference_mode_comes_and_goes(steps: Counts) -> None:
     model = make_ternary()
     ours, theirs = DynamicCache(), DynamicCache()
     modes: tuple[Any, ...] = (torch.no_grad, torch.inference_mode, torch.enable_grad)
@@ -234,7 +265,7 @@ def test_inference_mode_comes_and_goes(steps: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_what_was_cached_is_never_written_again(steps: list[int]) -> None:
+def test_what_was_cached_is_never_written_again(steps: Counts) -> None:
     model, cache = make_ternary(), DynamicCache()
     walk(model, [6, 1, 1, 1], cache)
     held = cache.layers[1].keys
@@ -253,7 +284,7 @@ def test_what_was_cached_is_never_written_again(steps: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_a_full_mask_positions_and_embeddings_are_served(steps: list[int]) -> None:
+def test_a_full_mask_positions_and_embeddings_are_served(steps: Counts) -> None:
     model = make_ternary()
 
     def run() -> list[Tensor]:
@@ -276,26 +307,28 @@ def test_a_full_mask_positions_and_embeddings_are_served(steps: list[int]) -> No
 # -- what is not served ------------------------------------------------------------------------------------------------
 
 
-def refused(model: Any, steps: list[int], cache: Any = None, batch: int = 1, **arguments: Any) -> None:
-    """No step is taken, and the result is the ordinary one."""
-    start = steps[0]
+def refused(model: Any, steps: Counts, cache: Any = None, batch: int = 1, padding: int = 0, **arguments: Any) -> None:
+    """Neither a token nor several are computed natively, and the result is the ordinary one."""
+    before = steps[0], list(steps.prompts)
 
-    def run() -> Tensor:
+    def run(count: int) -> Tensor:
         used = DynamicCache(config=model.config) if cache is None else cache()
-        with torch.no_grad():
+        with torch.no_grad(), decoder.linear_by_linear():
             logits(model, tokens(6, batch=batch), used)
-        return logits(model, tokens(1, seed=4, batch=batch), used, **arguments)
+        if padding:
+            arguments["attention_mask"] = torch.tensor([[0] * padding + [1] * (6 + count - padding)])
+        return logits(model, tokens(count, seed=4, batch=batch), used, **arguments)
 
-    got = run()
-    assert steps[0] == start
+    got = [run(count) for count in (1, 3)]
+    assert (steps[0], steps.prompts) == before
     with decoder.linear_by_linear():
-        assert torch.equal(got, run())
+        assert all(torch.equal(a, run(count)) for a, count in zip(got, (1, 3), strict=True))
 
 
-def test_other_requests_run_as_ever(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_requests_run_as_ever(steps: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_ternary(attn_implementation="eager")
     refused(model, steps, batch=2)
-    refused(model, steps, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1]]))
+    refused(model, steps, padding=2)
     refused(model, steps, output_attentions=True)
     refused(model, steps, output_hidden_states=True)
     refused(model, steps, lambda: StaticCache(config=model.config, max_cache_len=32))
@@ -323,7 +356,7 @@ class Skipped(nn.Module):
         return x
 
 
-def test_models_that_are_not_as_known_run_as_ever(steps: list[int]) -> None:
+def test_models_that_are_not_as_known_run_as_ever(steps: Counts) -> None:
     for family in ("gemma2", "phi3", "smollm3", "olmo2"):
         model = make_ternary(family)
         refused(model, steps)
@@ -354,7 +387,7 @@ def test_models_that_are_not_as_known_run_as_ever(steps: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_hooks_are_called_from_the_next_token_on(steps: list[int]) -> None:
+def test_hooks_are_called_from_the_next_token_on(steps: Counts) -> None:
     model, cache = make_ternary(), DynamicCache()
     seen: list[int] = []
     walk(model, [4, 1], cache)
@@ -375,7 +408,7 @@ def test_hooks_are_called_from_the_next_token_on(steps: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_changed_weights_count_from_the_next_text_on(steps: list[int]) -> None:
+def test_changed_weights_count_from_the_next_text_on(steps: Counts) -> None:
     model = make_ternary(seed=0)
     first = walk(model, [4, 1, 1], DynamicCache())
     model.load_state_dict(make_ternary(seed=1).state_dict())
@@ -393,7 +426,7 @@ def test_changed_weights_count_from_the_next_text_on(steps: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_generation_itself_runs_in_one_thread_and_the_model_in_all(steps: list[int]) -> None:
+def test_generation_itself_runs_in_one_thread_and_the_model_in_all(steps: Counts) -> None:
     model, ids = make_ternary(), tokens(5)
     inside: list[int] = []
     outside: list[int] = []
@@ -428,7 +461,7 @@ def test_generation_itself_runs_in_one_thread_and_the_model_in_all(steps: list[i
 
 
 @torch.no_grad()
-def test_copies_and_pickles_step_for_themselves(steps: list[int], tmp_path: Path) -> None:
+def test_copies_and_pickles_step_for_themselves(steps: Counts, tmp_path: Path) -> None:
     model = make_ternary()
     want = walk(model, [4, 1, 1], DynamicCache())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -441,7 +474,7 @@ def test_copies_and_pickles_step_for_themselves(steps: list[int], tmp_path: Path
 
 
 @torch.no_grad()
-def test_a_model_goes_when_nobody_holds_it(steps: list[int]) -> None:
+def test_a_model_goes_when_nobody_holds_it(steps: Counts) -> None:
     model = make_ternary()
     model.generate(tokens(5), max_new_tokens=4, eos_token_id=-1, do_sample=False)
     assert steps[0] == 3
@@ -452,7 +485,7 @@ def test_a_model_goes_when_nobody_holds_it(steps: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_a_loaded_folder_steps_and_saves(ternary: Path, tmp_path: Path, steps: list[int]) -> None:
+def test_a_loaded_folder_steps_and_saves(ternary: Path, tmp_path: Path, steps: Counts) -> None:
     model, _ = ternarize.load(ternary)
     compare(model, [6, *[1] * 10], lambda: DynamicCache(config=model.config), steps, 10)
     model.save_pretrained(tmp_path)
@@ -462,7 +495,7 @@ def test_a_loaded_folder_steps_and_saves(ternary: Path, tmp_path: Path, steps: l
 
 
 @torch.no_grad()
-def test_compiled_models_run_as_ever(steps: list[int]) -> None:
+def test_compiled_models_run_as_ever(steps: Counts) -> None:
     model = make_ternary()
     cache, twin = DynamicCache(), DynamicCache()
     walk(model, [4], cache), walk(model, [4], twin)

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parent / "ternarize" / "kernels" / "csrc"
 FUZZ = HERE / "native" / "fuzz.c"
 EMULATED = HERE / "native" / "emulated"
-COMMON = ("decoder.c", "dispatch.c", "pack.c", "threads.c", "scalar.c")
+COMMON = ("decoder.c", "dispatch.c", "pack.c", "prompt.c", "threads.c", "scalar.c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
 X86 = {
     "avx2.c": ("-mavx2", "-mfma", "-mf16c"),

@@ -1,11 +1,12 @@
-"""One native call for all blocks of a model, where it generates a token at a time.
+"""One native call for all blocks of a model, where it generates a token at a time; two for each block of a prompt.
 
 `attach` puts a `NativeForward` before the forward of the base models that it knows (Llama, Mistral, Qwen2, Qwen3,
-Gemma 3). It takes over where a step is what the library computes: one token behind a dynamic cache, on a CPU, without
-gradients, padding or hooks, every linear of every block ternary. Anything else runs as if it were not there. Both ways
-can follow each other on one cache: its layers hold the same tensors, only with room behind them.
+Gemma 3). It takes over where the library computes what is asked for: one text's tokens behind a dynamic cache, on a
+CPU, without gradients, padding or hooks, every linear of every block ternary. Anything else runs as if it were not
+there. All ways can follow each other on one cache: its layers hold the same tensors, only with room behind them.
 
-Between the linears a step computes in float32, whatever the model's dtype; keys and values are rounded to the cache's.
+Between the linears it computes in float32, whatever the model's dtype; keys and values are rounded to the cache's, and
+a prompt's queries too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ternarize import kernels
 from ternarize.decoder.cache import CACHE, Sequence, start_sequence
 from ternarize.decoder.plan import Facts, Plan, family_of, make_plan
+from ternarize.decoder.prompt import read_prompt
 
 
 def attach(model: nn.Module) -> None:
@@ -122,13 +124,13 @@ class NativeForward:
         if not traced and not args:
             others = dict(kwargs)
             cache = others.pop(CACHE, None)
-            out = self.step(cache, **others) if asks_for_a_step(cache, **others) else None
+            out = self.run(cache, **others) if asks_for_one_text(cache, **others) else None
             if out is not None:
                 return out
         model = self.model
         return type(model).forward(model, *args, **kwargs)
 
-    def step(
+    def run(
         self,
         cache: DynamicCache,
         input_ids: Tensor | None = None,
@@ -138,51 +140,74 @@ class NativeForward:
         use_cache: bool | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast | None:
-        """The model's output for one token; None where it has to be computed otherwise."""
+        """The model's output for the next tokens; None where it has to be computed otherwise."""
         model = self.model
         config = model.config
         if model.training or _off[0] or not (config.use_cache if use_cache is None else use_cache):
             return None
         if config.output_attentions or config.output_hidden_states or not config.return_dict:
             return None
-        past = cache.get_seq_length()
-        if attention_mask is not None and (attention_mask.shape != (1, past + 1) or not bool(attention_mask.all())):
-            return None
-        sequence = self.sequence(cache, past)
-        if sequence is None or not sequence.plan.without_gradients():
-            return None
         hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        position = torch.tensor([[past]], device="cpu") if position_ids is None else position_ids
-        ropes = sequence.plan.ropes(model.rotary_emb, position)
-        if ropes is None or not kernels.usable(hidden) or hidden.dtype != sequence.dtype:
+        past, count = cache.get_seq_length(), hidden.shape[1]
+        whole = (1, past + count)
+        if attention_mask is not None and (attention_mask.shape != whole or not bool(attention_mask.all())):
             return None
-        out = sequence.step(hidden.float().flatten(), ropes)
-        return BaseModelOutputWithPast(out.to(hidden.dtype).view(1, 1, -1), cache)
+        if not kernels.usable(hidden):
+            return None
+        positions = torch.arange(past, past + count, device="cpu")[None] if position_ids is None else position_ids
+        out = (self._step if count == 1 else self._read)(cache, past, hidden, positions)
+        return None if out is None else BaseModelOutputWithPast(out.to(hidden.dtype), cache)
+
+    def _step(self, cache: DynamicCache, past: int, hidden: Tensor, positions: Tensor) -> Tensor | None:
+        """One token, [1, 1, H], behind `past` others."""
+        sequence = self.sequence(cache, past)
+        if sequence is None or not sequence.plan.without_gradients() or hidden.dtype != sequence.dtype:
+            return None
+        ropes = sequence.plan.ropes(self.model.rotary_emb, positions)
+        return None if ropes is None else sequence.step(hidden.float().flatten(), ropes).view(1, 1, -1)
+
+    def _read(self, cache: DynamicCache, past: int, hidden: Tensor, positions: Tensor) -> Tensor | None:
+        """Several tokens, [1, T, H], behind `past` others."""
+        plan, model = self.plan(cache), self.model
+        ropes = plan.ropes(model.rotary_emb, positions) if plan is not None and plan.without_gradients() else None
+        if plan is None or ropes is None:
+            return None
+        read: Tensor = model.norm(read_prompt(plan, model.layers, cache, hidden[0], ropes).to(hidden.dtype))
+        return read[None]
 
     def sequence(self, cache: DynamicCache, past: int) -> Sequence | None:
         """What goes on in a cache with `past` tokens; None where the library cannot serve the model or the cache.
 
         Whether the model is what it was is looked at where a sequence begins; in its midst only hooks are.
         """
-        path = kernels.native()
-        if path is None or _has_any_global_hook() or cache.offloading:
-            return None
+        path = _path_for(cache)
         sequence = self._sequences.get(cache)
         current = self._plan is not None and self._plan.decoder.path == path
         if current and sequence is not None and sequence.plan is self._plan and sequence.goes_on(cache, past):
             return sequence
-        if self._facts is None or not self._facts.hold(path):
-            self._facts = Facts(self.model, path)
-            self._plan = make_plan(self.model, path, self._facts)
-        if self._plan is None or not self._facts.undisturbed():
-            return None
-        sequence = start_sequence(self._plan, cache, past)
+        plan = self.plan(cache)
+        sequence = None if plan is None else start_sequence(plan, cache, past)
         if sequence is not None:
             self._sequences[cache] = sequence
         return sequence
 
+    def plan(self, cache: DynamicCache) -> Plan | None:
+        """Of the model as it is; None where the library cannot serve it or the cache."""
+        path = _path_for(cache)
+        if path is None:
+            return None
+        if self._facts is None or not self._facts.hold(path):
+            self._facts = Facts(self.model, path)
+            self._plan = make_plan(self.model, path, self._facts)
+        return self._plan if self._facts.undisturbed() else None
 
-def asks_for_a_step(
+
+def _path_for(cache: DynamicCache) -> kernels.Native | None:
+    """The path in use; None where there is none, or something is to see what passes or keeps the cache elsewhere."""
+    return None if _has_any_global_hook() or cache.offloading else kernels.native()
+
+
+def asks_for_one_text(
     cache: Any,
     input_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
@@ -191,15 +216,17 @@ def asks_for_a_step(
     use_cache: bool | None = None,
     **others: Any,
 ) -> bool:
-    """Whether the arguments of a forward are of the kind that a step serves: one token, and a dynamic cache."""
-    token = input_ids if inputs_embeds is None else inputs_embeds
+    """Whether the arguments of a forward are of the kind that is served: tokens of one text, and a dynamic cache."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
     return (
         type(cache) is DynamicCache
         and (input_ids is None) != (inputs_embeds is None)
-        and token is not None
-        and tuple(token.shape[:2]) == (1, 1)
-        and token.device.type == "cpu"
-        and (position_ids is None or position_ids.shape == (1, 1))
+        and given is not None
+        and given.ndim == (2 if inputs_embeds is None else 3)
+        and given.shape[0] == 1
+        and given.shape[1] > 0
+        and given.device.type == "cpu"
+        and (position_ids is None or position_ids.shape == given.shape[:2])
         and (attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2))
         and all(value is None or value is False for value in others.values())
     )

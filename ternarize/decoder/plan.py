@@ -139,24 +139,26 @@ class Plan:
         decoder: the library's description.
         facts: what it was made from.
         kinds: (window, blocks) that are cached alike; a window of 0 is none.
+        windows: of each block.
         rope_kinds: arguments of the model's rotary embedding, one tuple a rope.
     """
 
     decoder: NativeDecoder
     facts: Facts
     kinds: list[tuple[int, list[int]]]
+    windows: list[int]
     rope_kinds: list[tuple[str, ...]]
 
     def without_gradients(self) -> bool:
         """Whether nobody wants a gradient of what is inside the blocks."""
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.facts.parameters))
 
-    def ropes(self, rotary: nn.Module, position: Tensor) -> Tensor | None:
-        """Cosines and sines of a position, float32 [R, 2, D]; None where they are not as long as a head."""
+    def ropes(self, rotary: nn.Module, positions: Tensor) -> Tensor | None:
+        """Cosines and sines of positions [1, T], float32 [T, R, 2, D]; None where they are not as long as a head."""
         x = torch.empty(0, dtype=torch.float32, device="cpu")
-        parts = [part for kind in self.rope_kinds for part in rotary(x, position, *kind)]
-        size = self.decoder.shape.head_size
-        return torch.stack([part.view(-1) for part in parts]) if all(p.numel() == size for p in parts) else None
+        parts = [part for kind in self.rope_kinds for part in rotary(x, positions, *kind)]
+        wanted = (1, positions.shape[1], self.decoder.shape.head_size)
+        return torch.stack([part[0] for part in parts], 1) if all(part.shape == wanted for part in parts) else None
 
 
 class _Other(Exception):
@@ -203,8 +205,8 @@ def _make_plan(model: Any, path: kernels.Native, facts: Facts) -> Plan:
         for norm, place in family.norms.items():
             _set_norm(decoder, i, norm, block.get_submodule(place), family)
     _set_norm(decoder, len(blocks), NORMS[0], model.norm, family)
-    kinds, rope_kinds = _set_attentions(decoder, blocks, family, config)
-    return Plan(decoder, facts, kinds, rope_kinds)
+    windows, rope_kinds = _set_attentions(decoder, blocks, family, config)
+    return Plan(decoder, facts, _alike(windows), windows, rope_kinds)
 
 
 def _is_block(block: Any, name: str, family: Family) -> bool:
@@ -257,15 +259,20 @@ def _set_norm(decoder: NativeDecoder, block: int, name: str, norm: Any, family: 
 
 def _set_attentions(
     decoder: NativeDecoder, blocks: list[Any], family: Family, config: Any
-) -> tuple[list[tuple[int, list[int]]], list[tuple[str, ...]]]:
+) -> tuple[list[int], list[tuple[str, ...]]]:
+    """The window of each block, and the kinds of ropes."""
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(blocks)
     slides = [family.sliding and kind == "sliding_attention" for kind in types]
     windows = [(config.sliding_window or 0) if slide else 0 for slide in slides[: len(blocks)]]
     _require(1 not in windows)  # transformers' cache then holds all positions
-    kinds = [(window, [i for i, w in enumerate(windows) if w == window]) for window in sorted(set(windows))]
     ropes: list[tuple[str, ...]] = [(kind,) for kind in sorted(set(types))] if family.ropes else [()]
-    for number, (window, members) in enumerate(kinds):
+    for number, (window, members) in enumerate(_alike(windows)):
         for place, i in enumerate(members):
             rope = ropes.index((types[i],)) if family.ropes else 0
             decoder.set_attention(i, blocks[i].self_attn.scaling, window, rope, number, place)
-    return kinds, ropes
+    return windows, ropes
+
+
+def _alike(windows: list[int]) -> list[tuple[int, list[int]]]:
+    """Each window, ascending, and the blocks that have it."""
+    return [(window, [i for i, own in enumerate(windows) if own == window]) for window in sorted(set(windows))]

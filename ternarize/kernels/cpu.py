@@ -34,7 +34,7 @@ ACTIVATIONS_VARIABLE = "TERNARIZE_ACTIVATIONS"
 ACTIVATIONS = ("int8", "float")
 REFERENCE = "torch"  # as a path's name: none, the reference computes
 LIBRARY = "libternarize.so"
-ABI = 4
+ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -55,6 +55,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tz_set_linear": (None, [_pointer, _int64, _int, _pointer, _pointer, _pointer]),
     "tz_set_norm": (None, [_pointer, _int64, _int, _pointer, _float]),
     "tz_set_attention": (None, [_pointer, _int64, _float, _int64, _int, _int, _int64]),
+    "tz_prompt_floats": (_int64, [_pointer, _int64]),
+    "tz_enter_attention": (_int, [_pointer, _int64, *[_pointer] * 6, _int64, _int]),
+    "tz_leave_attention": (_int, [_pointer, _int64, *[_pointer] * 3, _int64, _int]),
     "tz_step": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int]),
 }
 

@@ -1,7 +1,7 @@
-"""All blocks of a decoder as the native library sees them: described once, then one call a token.
+"""All blocks of a decoder as the native library sees them: described once, then one call a token, or two a block.
 
-Shapes: L blocks, H hidden, F inner features of the feed-forward, D head size, R ropes, P positions that a cache has
-room for.
+Shapes: L blocks, H hidden, F inner features of the feed-forward, N heads, K key heads, D head size, R ropes, T tokens,
+P positions that a cache has room for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class NativeDecoder:
 
     def __init__(self, path: Native, shape: Shape, exact: bool) -> None:
         sizes = (shape.blocks, shape.hidden, shape.inner, shape.heads, shape.key_heads, shape.head_size)
-        self.path, self.shape = path, shape
+        self.path, self.shape, self.exact = path, shape, exact
         self._library = path.library
         self._kept: list[Any] = []
         self._pointer = path.library.tz_make_decoder(path.index, *sizes, ACTIVATIONS.index(shape.activation), exact)
@@ -102,3 +102,44 @@ class NativeDecoder:
         if self._library.tz_step(self._pointer, *arguments):
             raise MemoryError("no memory for a token")
         return out
+
+    def room(self, tokens: int) -> Tensor:
+        """Memory for what the next two compute in between; one serves all blocks, one after the other."""
+        return torch.empty(self._library.tz_prompt_floats(self._pointer, tokens), dtype=torch.float32, device="cpu")
+
+    def enter_attention(self, block: int, x: Tensor, ropes: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a block attends with: queries [T, N, D], keys and values [T, K, D], all float32.
+
+        Args:
+            x: float32 [T, H], the block's input.
+            ropes: float32 [T, R, 2, D].
+
+        Raises:
+            MemoryError: there is none for the activations.
+        """
+        shape, tokens = self.shape, len(x)
+        out = [x.new_empty(tokens, heads, shape.head_size) for heads in (shape.heads, *[shape.key_heads] * 2)]
+        pointers = (part.data_ptr() for part in (x, ropes, *out, room))
+        self._check(
+            self._library.tz_enter_attention(self._pointer, block, *pointers, tokens, torch.get_num_threads()), tokens
+        )
+        query, key, value = out
+        return query, key, value
+
+    def leave_attention(self, block: int, mixed: Tensor, x: Tensor, room: Tensor) -> None:
+        """The rest of a block, whose output takes the place of its input x, float32 [T, H].
+
+        Args:
+            mixed: float32 [T, N, D], what its heads attended to.
+
+        Raises:
+            MemoryError: there is none for the activations.
+        """
+        pointers = (part.data_ptr() for part in (mixed, x, room))
+        self._check(
+            self._library.tz_leave_attention(self._pointer, block, *pointers, len(x), torch.get_num_threads()), len(x)
+        )
+
+    def _check(self, failed: int, tokens: int) -> None:
+        if failed:
+            raise MemoryError(f"no memory for the activations of {tokens} tokens")

@@ -172,12 +172,12 @@ static int one_round(void) {
     return failed;
 }
 
-/* -- steps of a decoder: every path against the portable one, from the same random numbers ---------------------- */
+/* -- a decoder, a step or a prompt: every path against the portable one, from the same random numbers ------------- */
 
 enum { BLOCKS = 2 };
 
 typedef struct {
-    int hidden, inner, heads, key_heads, size, group, shift, window, first, end, dtype, exact, threads;
+    int hidden, inner, heads, key_heads, size, group, shift, window, first, end, dtype, exact, threads, tokens;
 } model;
 
 typedef struct {
@@ -227,45 +227,79 @@ static void add_block(const model *m, int path, int b, tz_decoder *d, weights *w
     tz_set_attention(d, b, 0.3f, b ? m->window : 0, b, 0, b);
 }
 
-static void step(const model *m, int path, float *y) {
-    weights w = {0};
+static tz_decoder *make_model(const model *m, int path, weights *w) {
     tz_decoder *d = tz_make_decoder(path, BLOCKS, m->hidden, m->inner, m->heads, m->key_heads, m->size,
                                     (int)draw(2), m->exact);
-    for (int b = 0; b < BLOCKS; b++) add_block(m, path, b, d, &w);
-    float *last = w.norm[BLOCKS][0] = malloc((size_t)m->hidden * sizeof(float));
-    float *x = malloc((size_t)m->hidden * sizeof *x), *ropes = malloc((size_t)(4 * m->size) * sizeof *ropes);
-    random_floats(last, m->hidden), random_floats(x, m->hidden), random_floats(ropes, 4 * m->size);
+    for (int b = 0; b < BLOCKS; b++) add_block(m, path, b, d, w);
+    float *last = w->norm[BLOCKS][0] = malloc((size_t)m->hidden * sizeof(float));
+    random_floats(last, m->hidden);
     tz_set_norm(d, BLOCKS, TZ_ATTENTION_NORM, last, 1e-5f);
+    return d;
+}
+
+static void free_model(tz_decoder *d, weights *w) {
+    tz_free_decoder(d);
+    for (int b = 0; b <= BLOCKS; b++)
+        for (int i = 0; i < TZ_NORMS; i++) free(w->norm[b][i]);
+    for (int b = 0; b < BLOCKS; b++)
+        for (int i = 0; i < TZ_LINEARS; i++) tz_free_shape(w->shape[b][i]), free(w->packed[b][i]);
+}
+
+static float *random_array(int count) {
+    float *out = malloc((size_t)count * sizeof *out);
+    random_floats(out, count);
+    return out;
+}
+
+/* One token -> y [hidden]. */
+static void step(const model *m, const tz_decoder *d, float *y) {
+    float *x = random_array(m->hidden), *ropes = random_array(4 * m->size);
     const size_t cached = (size_t)(BLOCKS * 2 * m->key_heads * (m->end + 1) * m->size);
     void *memory = malloc(cached * (m->dtype ? 2 : 4));
     for (size_t i = 0; i < cached; i++) stored(uniform(), m->dtype, memory, i);
     const tz_cache cache = {memory, m->end + 1, m->first, m->end, m->dtype};
     if (tz_step(d, x, y, ropes, &cache, m->threads)) exit(2);
-    tz_free_decoder(d);
-    for (int b = 0; b <= BLOCKS; b++)
-        for (int i = 0; i < TZ_NORMS; i++) free(w.norm[b][i]);
-    for (int b = 0; b < BLOCKS; b++)
-        for (int i = 0; i < TZ_LINEARS; i++) tz_free_shape(w.shape[b][i]), free(w.packed[b][i]);
     free(x), free(ropes), free(memory);
 }
 
-static int compare_steps(void) {
+/* Some tokens -> y [tokens][hidden], where all that a head attends to is its own query and value. */
+static void read_prompt(const model *m, const tz_decoder *d, float *y) {
+    const int queries = m->tokens * m->heads * m->size, keys = m->tokens * m->key_heads * m->size;
+    float *query = random_array(queries), *key = random_array(keys), *value = random_array(keys);
+    float *ropes = random_array(4 * m->size * m->tokens), *floats = malloc((size_t)tz_prompt_floats(d, m->tokens) * 4);
+    random_floats(y, m->tokens * m->hidden);
+    for (int b = 0; b < BLOCKS; b++) {
+        if (tz_enter_attention(d, b, y, ropes, query, key, value, floats, m->tokens, m->threads)) exit(2);
+        for (int i = 0; i < queries; i++) query[i] = query[i] / 2 + value[i / m->heads % keys] - key[i % keys];
+        if (tz_leave_attention(d, b, query, y, floats, m->tokens, m->threads)) exit(2);
+    }
+    free(query), free(key), free(value), free(ropes), free(floats);
+}
+
+static int compare_models(void) {
     model m = {.hidden = 1 + (int)draw(90), .inner = 1 + (int)draw(draw(2) ? 150 : 900)};
     m.key_heads = 1 + (int)draw(3);                                 /* and the largest are worth several threads */
     m.heads = m.key_heads * (1 + (int)draw(3)), m.size = 2 + 2 * (int)draw(70), m.group = 1 + (int)draw(140);
     m.shift = (int)draw(2), m.dtype = (int)draw(3), m.exact = (int)draw(4) > 0, m.threads = 1 + (int)draw(3);
     m.end = (int)draw(40), m.first = (int)draw((uint32_t)m.end + 1), m.window = (int)draw(20);
+    m.tokens = 1 + (int)draw(draw(8) ? 20 : 300);
     const uint64_t before = state;
-    float *want = malloc((size_t)m.hidden * sizeof *want), *got = malloc((size_t)m.hidden * sizeof *got);
+    const int count = m.hidden * (1 + m.tokens);
+    float *want = malloc((size_t)count * sizeof *want), *got = malloc((size_t)count * sizeof *got);
     int failed = 0;
     for (int path = 0; tz_path_name(path); path++) {
         if (!tz_path_supported(path)) continue;
         state = before;
-        step(&m, path, path ? got : want);
-        for (int i = 0; path && i < m.hidden; i++) {
-            const float most = m.exact ? 1e-3f : 1e9f;             /* codes at the edge are rounded either way */
+        weights w = {0};
+        tz_decoder *d = make_model(&m, path, &w);
+        step(&m, d, path ? got : want);
+        read_prompt(&m, d, (path ? got : want) + m.hidden);
+        free_model(d, &w);
+        for (int i = 0; path && i < count; i++) {
+            const float most = m.exact ? 1e-3f * (1 + fabsf(want[i])) : 1e9f;   /* codes at the edge go either way */
             if (fabsf(got[i] - want[i]) <= most) continue;
-            printf("%s: step %d is %g, not %g\n", tz_path_name(path), i, (double)got[i], (double)want[i]);
+            printf("%s: %s %d is %g, not %g\n", tz_path_name(path), i < m.hidden ? "step" : "prompt", i,
+                   (double)got[i], (double)want[i]);
             failed = 1;
         }
     }
@@ -290,7 +324,7 @@ int main(int count, char **arguments) {
     const int rounds = count > 1 ? atoi(arguments[1]) : 100;
     state = count > 2 ? (uint64_t)atoll(arguments[2]) : 0;
     int failed = 0;
-    for (int i = 0; i < rounds && !failed; i++) failed = one_round() | compare_steps();
+    for (int i = 0; i < rounds && !failed; i++) failed = one_round() | compare_models();
     pthread_t other;
     if (pthread_create(&other, NULL, busy, NULL)) return 2;
     busy(NULL);

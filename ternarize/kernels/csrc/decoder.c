@@ -5,32 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "decoder.h"
 #include "floats.h"
-#include "kernels.h"
 #include "threads.h"
 
 enum { MOST_SHARING = 3, LEAST_WORK = 1 << 16 };
-
-typedef struct {
-    const tz_shape *shape;
-    const uint8_t *packed;
-    const float *bias;
-} linear;
-
-typedef struct {
-    linear linear[TZ_LINEARS];
-    tz_norm norm[TZ_NORMS];
-    float scale;
-    int64_t window, place;
-    int rope, cache;
-} block;
-
-struct tz_decoder {
-    const tz_kernels *kernels;
-    int64_t blocks, hidden, inner, heads, key_heads, head_size;
-    int activation, exact;
-    block block[];            /* and one more, of which only the first norm counts */
-};
 
 /* -- a model's description --------------------------------------------------------------------------------------- */
 
@@ -68,6 +47,7 @@ void tz_set_attention(tz_decoder *d, int64_t at, float scale, int64_t window, in
     b->scale = scale;
     b->window = window;
     b->rope = rope;
+    d->ropes = rope >= d->ropes ? rope + 1 : d->ropes;
     b->cache = cache;
     b->place = place;
 }
@@ -163,11 +143,6 @@ static void run_product(product *p, const float *x, tz_work work, int at_once) {
     tz_run(work, p, blocks / at_once, 1, threads);
 }
 
-static void normalize(const step *s, int place, const float *x, int64_t size, float *out) {
-    const tz_norm *norm = &s->block->norm[place];
-    if (norm->weight) s->d->kernels->normalize(x, norm, size, out);
-}
-
 static void write_half(const float *x, int64_t size, int dtype, uint16_t *out) {
     if (dtype == TZ_BFLOAT16)
         for (int64_t i = 0; i < size; i++) out[i] = to_bfloat16(x[i]);
@@ -194,14 +169,6 @@ static void write_cache(const step *s, int values, const float *x) {
     }
 }
 
-static void turn_heads(const step *s, int place, const float *ropes, int64_t heads, float *x) {
-    const int64_t size = s->d->head_size;
-    for (int64_t head = 0; head < heads; head++, x += size) {
-        normalize(s, place, x, size, x);
-        s->d->kernels->rotate(x, ropes + 2 * size * s->block->rope, size);
-    }
-}
-
 static void attend(void *context, int64_t first, int64_t last) {
     const step *s = context;
     const tz_cache *c = s->cache;
@@ -214,35 +181,30 @@ static void attend(void *context, int64_t first, int64_t last) {
     }
 }
 
-static void add_branch(const step *s, int place) {
-    normalize(s, place, s->branch, s->d->hidden, s->branch);
-    for (int64_t i = 0; i < s->d->hidden; i++) s->x[i] += s->branch[i];
-}
-
 static void run_attention(step *s, const float *ropes) {
     const tz_decoder *d = s->d;
     const linear *l = s->block->linear;
     product in = {s, l + TZ_QUERY, 3, {s->query, s->key, s->value}, {{0}}};
     product out = {s, l + TZ_OUT, 1, {s->branch}, {{0}}};
-    normalize(s, TZ_ATTENTION_NORM, s->x, d->hidden, s->normal);
+    tz_normalize(d, s->block, TZ_ATTENTION_NORM, s->x, d->hidden, s->normal);
     run_product(&in, s->normal, multiply, 1);
-    turn_heads(s, TZ_QUERY_NORM, ropes, d->heads, s->query);
-    turn_heads(s, TZ_KEY_NORM, ropes, d->key_heads, s->key);
+    tz_turn_heads(d, s->block, TZ_QUERY_NORM, ropes, d->heads, s->query);
+    tz_turn_heads(d, s->block, TZ_KEY_NORM, ropes, d->key_heads, s->key);
     write_cache(s, 0, s->key);
     write_cache(s, 1, s->value);
     tz_run(attend, s, d->heads, 1, useful_threads(s, 2.0 * (double)(d->heads * d->head_size * s->positions)));
     run_product(&out, s->mixed, multiply, 1);
-    add_branch(s, TZ_ATTENTION_END_NORM);
+    tz_add_branch(d, s->block, TZ_ATTENTION_END_NORM, s->branch, s->x);
 }
 
 static void run_feed_forward(step *s) {
     const linear *l = s->block->linear;
     product up = {s, l + TZ_GATE, 2, {NULL}, {{0}}};
     product down = {s, l + TZ_DOWN, 1, {s->branch}, {{0}}};
-    normalize(s, TZ_FEED_NORM, s->x, s->d->hidden, s->normal);
+    tz_normalize(s->d, s->block, TZ_FEED_NORM, s->x, s->d->hidden, s->normal);
     run_product(&up, s->normal, multiply_gated, 2);
     run_product(&down, s->inner, multiply, 1);
-    add_branch(s, TZ_FEED_END_NORM);
+    tz_add_branch(s->d, s->block, TZ_FEED_END_NORM, s->branch, s->x);
 }
 
 /* -- memory for one call ----------------------------------------------------------------------------------------- */
@@ -306,7 +268,7 @@ int tz_step(const tz_decoder *d, const float *x, float *y, const float *ropes, c
         run_feed_forward(&s);
     }
     s.block = &d->block[d->blocks];
-    normalize(&s, TZ_ATTENTION_NORM, s.x, d->hidden, y);
+    tz_normalize(d, s.block, TZ_ATTENTION_NORM, s.x, d->hidden, y);
     free(room);
     return 0;
 }

@@ -13,7 +13,7 @@ extern "C" {
 #define TZ_API __attribute__((visibility("default")))
 
 /* Counts up whenever a signature here changes; the Python side refuses another one. */
-#define TZ_ABI 4
+#define TZ_ABI 5
 
 enum tz_dtype { TZ_FLOAT32 = 0, TZ_BFLOAT16 = 1, TZ_FLOAT16 = 2 };
 
@@ -61,7 +61,7 @@ TZ_API int tz_ternary_linear(const tz_shape *shape, const uint8_t *packed, const
 TZ_API int tz_table_linear(const tz_shape *shape, const uint8_t *records, const float *bias, const void *x, void *y,
                            int64_t tokens, int dtype, int exact, int threads);
 
-/* -- all blocks of a decoder, one token ---------------------------------------------------------------------------
+/* -- the blocks of a decoder --------------------------------------------------------------------------------------
  *
  * x + attention(norm(x)), then x + down(act(gate(norm(x))) * up(norm(x))): the shape of Llama and its kin, in float32
  * between the linears. What a model lacks (norms of queries, of a branch's end, biases) is left out. */
@@ -103,6 +103,17 @@ TZ_API void tz_set_attention(tz_decoder *decoder, int64_t block, float scale, in
  *   ropes   float [ropes][2][head size]: cosines, then sines, of its position */
 TZ_API int tz_step(const tz_decoder *decoder, const float *x, float *y, const float *ropes, const tz_cache *caches,
                    int threads);
+
+/* A block for M tokens: what comes before attention and what comes behind it, with `room` for floats of its own.
+ *   x                     float [M, hidden]: the residual stream, which tz_leave_attention brings to the block's end
+ *   ropes                 float [M][ropes][2][head size]
+ *   query, key, value     float [M][heads or key heads][head size], turned
+ *   mixed                 float [M][heads][head size]: what the heads attended to */
+TZ_API int64_t tz_prompt_floats(const tz_decoder *decoder, int64_t tokens);
+TZ_API int tz_enter_attention(const tz_decoder *decoder, int64_t block, const float *x, const float *ropes,
+                              float *query, float *key, float *value, float *room, int64_t tokens, int threads);
+TZ_API int tz_leave_attention(const tz_decoder *decoder, int64_t block, const float *mixed, float *x, float *room,
+                              int64_t tokens, int threads);
 
 #if defined(__cplusplus)
 }
