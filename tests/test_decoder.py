@@ -45,14 +45,14 @@ def make_ternary(family: str = "llama", activations: str = "float", seed: int = 
     return model
 
 
-def ternary(linear: Any) -> TernaryLinear:
+def ternary(linear: Any, group: int = GROUP) -> TernaryLinear:
     weight = linear.weight.detach()
-    groups = group_count(weight.shape[1], GROUP)
+    groups = group_count(weight.shape[1], group)
     scale = torch.rand(weight.shape[0], groups).add(0.5).mul(weight.abs().mean()).half().float()
-    trits = (weight / expand_groups(scale, weight.shape[1], GROUP)).round().clamp(-1, 1).to(torch.int8)
+    trits = (weight / expand_groups(scale, weight.shape[1], group)).round().clamp(-1, 1).to(torch.int8)
     shift = (torch.randn_like(scale) * 0.02).half().float()
     bias = None if linear.bias is None else linear.bias.detach()
-    return TernaryLinear.from_tensor(TernaryTensor(trits, scale, shift, GROUP), bias)
+    return TernaryLinear.from_tensor(TernaryTensor(trits, scale, shift, group), bias)
 
 
 def tokens(count: int, seed: int = 0, batch: int = 1) -> Tensor:
@@ -239,6 +239,28 @@ def test_prompts_longer_than_windows_follow_each_other(
 @torch.no_grad()
 def test_a_prompt_is_read_piece_by_piece(path: cpu.Native, steps: Counts) -> None:
     compare(make_ternary(intermediate_size=41), [600, 1], DynamicCache, steps, 1)
+
+
+@torch.no_grad()
+def test_gate_and_up_may_have_groups_of_their_own(path: cpu.Native, steps: Counts) -> None:
+    model = make_ternary(mlp_bias=True)
+    for block, source in zip(model.model.layers, make_model("llama", 1, mlp_bias=True).model.layers, strict=True):
+        block.mlp.up_proj = ternary(source.mlp.up_proj, group=5)
+    run_natively(model, "float")
+    compare(model, [20, 1], DynamicCache, steps, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"mlp_bias": True, "intermediate_size": 41}], ids=str)
+def test_int8_prompts_are_as_far_from_exact_ones_as_ever(
+    changes: dict[str, Any], path: cpu.Native, steps: Counts
+) -> None:
+    model, exact = make_ternary(activations="int8", **changes), make_ternary(**changes)
+    with decoder.linear_by_linear():
+        want, ordinary = logits(exact, tokens(300), DynamicCache()), logits(model, tokens(300), DynamicCache())
+    got = logits(model, tokens(300), DynamicCache())
+    assert steps.prompts == [300]
+    assert 0 < (got - want).norm() < 1.2 * (ordinary - want).norm()
 
 
 # -- one cache, both ways ----------------------------------------------------------------------------------------------

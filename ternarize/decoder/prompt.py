@@ -1,7 +1,7 @@
 """Many tokens of one text through a model's blocks: natively, but for their attention, which is torch's.
 
-Where AMX multiplies the linears in bfloat16, torch attends in bfloat16 too, which costs a hundredth of the KL that rounded
-activations do (recipes/README.md).
+Where AMX multiplies the linears in bfloat16, torch attends in bfloat16 too, at a hundredth of what rounded activations
+cost in KL (recipes/README.md).
 
 Shapes: T tokens, H hidden, N heads, D head size, R ropes, P positions that are attended to.
 """
@@ -43,9 +43,9 @@ def read_prompt(plan: Plan, layers: Any, cache: DynamicCache, hidden: Tensor, ro
         window, behind = plan.windows[i], key.shape[2] - len(x)
         if (window, behind) not in masks:
             masks[window, behind] = window_mask(len(x), behind, window)
-        attention = layer.self_attn
-        parts = (part.to(attended) for part in (query, key, value))
-        mixed, _ = sdpa_attention_forward(attention, *parts, masks[window, behind], scaling=attention.scaling)
+        query, key, value = (part.to(attended) for part in (query, key, value))
+        attention, mask = layer.self_attn, masks[window, behind]
+        mixed, _ = sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)
         decoder.leave_attention(i, mixed[0].float().contiguous(), x, room)
     return x
 

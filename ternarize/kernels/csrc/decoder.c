@@ -80,12 +80,10 @@ typedef struct {
 
 static int64_t row_blocks(const linear *l) { return divide_up(l->shape->rows, ROWS); }
 
-static int same_cut(const tz_shape *a, const tz_shape *b) { return a->columns == b->columns && a->group == b->group; }
-
 static void prepare_input(product *p, const float *x) {
     for (int i = 0; i < p->count; i++) {
         const tz_shape *shape = p->linear[i].shape;
-        if (i > 0 && same_cut(shape, p->linear[i - 1].shape)) {
+        if (i > 0 && tz_same_cut(shape, p->linear[i - 1].shape)) {
             p->tokens[i] = p->tokens[i - 1];
             continue;
         }

@@ -45,3 +45,12 @@ static inline void tz_add_branch(const tz_decoder *d, const block *b, int place,
     tz_normalize(d, b, place, branch, d->hidden, branch);
     for (int64_t i = 0; i < d->hidden; i++) x[i] += branch[i];
 }
+
+/* activation(x gate') * (x up') -> y float [tokens][rows]; gate and up are cut alike (tz_same_cut). */
+int tz_gated_linear(const linear *gate, const linear *up, int activation, const float *x, float *y, int64_t tokens,
+                    int exact, int threads);
+
+/* Whether activations that were prepared for one weight serve another. */
+static inline int tz_same_cut(const tz_shape *a, const tz_shape *b) {
+    return a->columns == b->columns && a->group == b->group;
+}

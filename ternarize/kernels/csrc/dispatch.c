@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "cpu.h"
-#include "kernels.h"
+#include "decoder.h"
 #include "threads.h"
 
 /* The last that a processor supports is chosen. Five trits a byte read a seventh less memory and take a third more
@@ -111,6 +111,9 @@ typedef struct {
     int dtype;
     tz_tokens tokens;
     int64_t count;            /* of tokens, without filling */
+    const uint8_t *up;        /* weights of the same shape, whose product the activation of this one gates; or NULL */
+    const float *up_bias;
+    int activation;
 } product;
 
 static int wide(const product *p) { return p->tokens.tile == WIDE_TILE; }
@@ -133,23 +136,44 @@ static int rows_of(const tz_shape *s, int64_t block) {
     return (int)(s->rows - block * ROWS < ROWS ? s->rows - block * ROWS : ROWS);
 }
 
+/* Some blocks of 16 rows, all tokens -> y [blocks][count][16]. */
+static void multiply_blocks(const product *p, const uint8_t *weights, int64_t block, int blocks, float *y) {
+    const tz_shape *s = p->shape;
+    weights += block * (s->record_bytes ? ROWS * s->record_bytes : s->block_bytes);
+    if (wide(p))
+        p->kernels->many(s, weights, blocks, &p->tokens, y);
+    else
+        multiply_tiles(p, weights, rows_of(s, block), y);
+}
+
+static void add_bias(const product *p, const float *bias, int64_t block, int blocks, float *y) {
+    for (int b = 0; bias && b < blocks; b++, block++)
+        for (int64_t t = 0; t < p->tokens.count; t++, y += ROWS)
+            for (int r = 0; r < rows_of(p->shape, block); r++) y[r] += bias[block * ROWS + r];
+}
+
+/* y becomes activation(y) * up while both are in the cache, biases added before. */
+static void apply_gate(const product *p, int64_t block, int blocks, float *y) {
+    float up[WIDE_BLOCKS * CHUNK * ROWS] __attribute__((aligned(ALIGNMENT)));
+    multiply_blocks(p, p->up, block, blocks, up);
+    add_bias(p, p->bias, block, blocks, y);
+    add_bias(p, p->up_bias, block, blocks, up);
+    for (int64_t i = 0; i < blocks * p->tokens.count * ROWS; i += ROWS) p->kernels->gate(up + i, p->activation, y + i);
+}
+
 /* Blocks first .. last of 16 rows, all tokens; a block's weights stay in the cache while the tokens pass. */
 static void multiply(void *context, int64_t first, int64_t last) {
     product *p = context;
     const tz_shape *s = p->shape;
     const int64_t size = tz_element(p->dtype);
     for (int64_t block = first; block < last;) {
-        const uint8_t *weights =
-            p->weights + (s->record_bytes ? block * ROWS * s->record_bytes : block * s->block_bytes);
         const int64_t end = wide(p) && block + WIDE_BLOCKS <= last ? block + WIDE_BLOCKS : block + 1;
         float y[WIDE_BLOCKS * CHUNK * ROWS] __attribute__((aligned(ALIGNMENT)));
-        if (wide(p))
-            p->kernels->many(s, weights, (int)(end - block), &p->tokens, y);
-        else
-            multiply_tiles(p, weights, rows_of(s, block), y);
+        multiply_blocks(p, p->weights, block, (int)(end - block), y);
+        if (p->up) apply_gate(p, block, (int)(end - block), y);
         for (const float *own = y; block < end; block++, own += p->tokens.count * ROWS) {
             const int64_t row = block * ROWS;
-            const float *bias = p->bias ? p->bias + row : NULL;
+            const float *bias = p->bias && !p->up ? p->bias + row : NULL;
             p->kernels->store(own, bias, rows_of(s, block), (int)p->count, s->rows, p->y + row * size, p->dtype);
         }
     }
@@ -187,35 +211,53 @@ static size_t room_for(const product *p) {
     return (size_t)round_up(left > many ? left : many, ALIGNMENT);
 }
 
-static int linear(const tz_shape *s, const uint8_t *weights, const float *bias, const void *x, void *y, int64_t tokens,
-                  int dtype, int exact, int threads) {
-    const int64_t size = tz_element(dtype);
-    product p = {s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}, 0};
-    take_chunk(&p, tokens);
-    const size_t bytes = room_for(&p);
+/* y for all tokens; p has what does not change from chunk to chunk. */
+static int run(product *p, int64_t tokens, int threads) {
+    const tz_shape *s = p->shape;
+    const int64_t size = tz_element(p->dtype);
+    const char *x = p->x;
+    char *y = p->y;
+    take_chunk(p, tokens);
+    const size_t bytes = room_for(p);
     void *room = aligned_alloc(ALIGNMENT, bytes);
     if (!room) return -1;
-    if (p.count < p.tokens.count) memset(room, 0, bytes);
-    for (int64_t token = 0; token < tokens; token += p.count) {
-        take_chunk(&p, tokens - token);
-        p.x = (const char *)x + token * s->columns * size;
-        p.y = (char *)y + token * s->rows * size;
-        tz_place_tokens(s, &p.tokens, room);
-        threads = useful_threads(s, p.count, threads);
-        void (*const run)(tz_work, void *, int64_t, int64_t, int) = tokens < MANY_TOKENS ? tz_run : tz_run_team;
-        run(prepare_tokens, &p, p.count, TOKEN_GRAIN, threads);
-        run(multiply, &p, divide_up(s->rows, ROWS), wide(&p) ? WIDE_BLOCKS : 1, threads);
+    if (p->count < p->tokens.count) memset(room, 0, bytes);
+    for (int64_t token = 0; token < tokens; token += p->count) {
+        take_chunk(p, tokens - token);
+        p->x = x + token * s->columns * size;
+        p->y = y + token * s->rows * size;
+        tz_place_tokens(s, &p->tokens, room);
+        threads = useful_threads(s, p->count, threads);
+        void (*const share)(tz_work, void *, int64_t, int64_t, int) = tokens < MANY_TOKENS ? tz_run : tz_run_team;
+        share(prepare_tokens, p, p->count, TOKEN_GRAIN, threads);
+        share(multiply, p, divide_up(s->rows, ROWS), wide(p) ? WIDE_BLOCKS : 1, threads);
     }
     free(room);
     return 0;
 }
 
+static product product_of(const tz_shape *s, const uint8_t *weights, const float *bias, const void *x, void *y,
+                          int dtype, int exact) {
+    return (product){s, PATHS[s->path], weights, bias, x, y, dtype, {.exact = exact}, 0, NULL, NULL, 0};
+}
+
 int tz_ternary_linear(const tz_shape *s, const uint8_t *packed, const float *bias, const void *x, void *y,
                       int64_t tokens, int dtype, int exact, int threads) {
-    return linear(s, packed, bias, x, y, tokens, dtype, exact, threads);
+    product p = product_of(s, packed, bias, x, y, dtype, exact);
+    return run(&p, tokens, threads);
 }
 
 int tz_table_linear(const tz_shape *s, const uint8_t *records, const float *bias, const void *x, void *y,
                     int64_t tokens, int dtype, int exact, int threads) {
-    return linear(s, records, bias, x, y, tokens, dtype, exact, threads);
+    product p = product_of(s, records, bias, x, y, dtype, exact);
+    return run(&p, tokens, threads);
+}
+
+int tz_gated_linear(const linear *gate, const linear *up, int activation, const float *x, float *y, int64_t tokens,
+                    int exact, int threads) {
+    product p = product_of(gate->shape, gate->packed, gate->bias, x, y, TZ_FLOAT32, exact);
+    p.up = up->packed;
+    p.up_bias = up->bias;
+    p.activation = activation;
+    return run(&p, tokens, threads);
 }

@@ -78,6 +78,17 @@ static void join_feed_forward(void *context, int64_t first, int64_t last) {
         tz_add_branch(p->d, p->block, TZ_FEED_END_NORM, p->branch + t * size, p->x + t * size);
 }
 
+/* act(gate(x)) * up(x) -> gate [tokens][inner]. */
+static int feed(prompt *p, const float *x, int64_t tokens, int threads) {
+    const linear *gate = &p->block->linear[TZ_GATE], *up = &p->block->linear[TZ_UP];
+    if (tz_same_cut(gate->shape, up->shape) && gate->shape->has_shift == up->shape->has_shift)
+        return tz_gated_linear(gate, up, p->d->activation, x, p->gate, tokens, p->d->exact, threads);
+    if (multiply(p, TZ_GATE, x, p->gate, tokens, threads)) return -1;
+    if (multiply(p, TZ_UP, x, p->up, tokens, threads)) return -1;
+    tz_run_team(apply_gate, p, tokens, 1, threads);
+    return 0;
+}
+
 /* -- a block ------------------------------------------------------------------------------------------------------ */
 
 static int64_t chunk_of(int64_t tokens) { return tokens < CHUNK ? tokens : CHUNK; }
@@ -116,9 +127,7 @@ int tz_leave_attention(const tz_decoder *d, int64_t at, const float *mixed, floa
     tz_run_team(join_attention, &p, tokens, 1, threads);
     for (int64_t first = 0; first < tokens; first += CHUNK) {
         const int64_t count = chunk_of(tokens - first), start = first * d->hidden;
-        if (multiply(&p, TZ_GATE, p.normal + start, p.gate, count, threads)) return -1;
-        if (multiply(&p, TZ_UP, p.normal + start, p.up, count, threads)) return -1;
-        tz_run_team(apply_gate, &p, count, 1, threads);
+        if (feed(&p, p.normal + start, count, threads)) return -1;
         if (multiply(&p, TZ_DOWN, p.gate, p.branch + start, count, threads)) return -1;
     }
     tz_run_team(join_feed_forward, &p, tokens, 1, threads);
