@@ -22,7 +22,7 @@ from ternarize.calibration import check_ids
 from ternarize.checkpoint import Checkpoint
 from ternarize.errors import TernarizeError
 from ternarize.progress import Progress, quiet_transformers
-from ternarize.quantizer import load, quant_method
+from ternarize.quantizer import load_model, quant_method
 from ternarize.report import REPORT_FILE, Report
 from ternarize.text import draw, evaluation_windows, load_tokenizer, read_whole, self_windows, split_source
 
@@ -198,7 +198,7 @@ def load_any(folder: Path, device: str, dtype: torch.dtype, activations: str | N
     method = quant_method(folder)
     with quiet_transformers():
         if method is not None:
-            model: Any = load(folder, dtype=dtype, activations=activations)[0]
+            model: Any = load_model(folder, dtype=dtype, activations=activations)
         else:
             Checkpoint(folder).skeleton()  # refuses what is incomplete, which transformers would fill at random
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)

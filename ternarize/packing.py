@@ -133,6 +133,20 @@ def decode_levels(levels: Levels, groups: int) -> tuple[Tensor, Tensor | None]:
     return _coded_levels(levels.record[:, :1], code, shift_code, levels.scale_bits, levels.shift_bits, levels.limits)
 
 
+def outermost_levels(levels: Levels) -> tuple[Tensor, Tensor | None]:
+    """The largest and smallest scale that each row could hold, and its largest shifts beside them, fp16 [O, 2].
+
+    What all its groups hold lies between, whatever their codes are.
+    """
+    _, _, span, reach = levels.limits.double().tolist()
+    top = _row_top(levels.record[:, :1], levels.limits)
+    ends = torch.cat([top, top - span], -1).exp2()
+    if not levels.shift_bits:
+        return _storable(ends), None
+    middle = 2 ** (levels.shift_bits - 1)
+    return _storable(ends), (ends * reach * middle / (middle - 1)).half()
+
+
 def round_levels(
     scale: Tensor, shift: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -164,16 +178,27 @@ def _coded_levels(
     row: Tensor, code: Tensor, shift_code: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and shift, fp16 [O, G], of codes as `_level_codes` gives them, in any type."""
-    lo, hi, span, reach = limits.double().tolist()
-    top = lo + (hi - lo) * row.double() / 255
+    _, _, span, reach = limits.double().tolist()
+    top = _row_top(row, limits)
     steps = torch.arange(2**scale_bits, dtype=torch.float64, device=code.device)
     table = torch.exp2(top - span * steps / (len(steps) - 1))  # [O, 2^bits]: a row's scales are among these
     code = code.long()
-    scale = table.clamp(min=torch.finfo(torch.float16).smallest_normal).half().gather(1, code)
+    scale = _storable(table).gather(1, code)
     if shift_code is None:
         return scale, None
     middle = 2 ** (shift_bits - 1)
     return scale, (table.gather(1, code) * reach * (shift_code - middle) / (middle - 1)).half()
+
+
+def _row_top(row: Tensor, limits: Tensor) -> Tensor:
+    """Binary logarithm of the largest scale of rows with these codes, float64."""
+    lo, hi = limits[:2].double().tolist()
+    return lo + (hi - lo) * row.double() / 255
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """Scales in fp16, none of them 0."""
+    return scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half()
 
 
 def level_row_bytes(groups: int, scale_bits: int, shift_bits: int) -> int:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,25 +266,39 @@ def load(
         FormatError: not a ternarize folder, or damaged.
         TernarizeError: a local folder that is not a checkpoint, or no such activations.
     """
+    kwargs = {"trust_remote_code": False} | kwargs
+    model = load_model(folder, device_map=device_map, dtype=dtype, activations=activations, **kwargs)
+    with _explained(folder):
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
+
+
+def load_model(folder: str | Path, *, activations: str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The model alone, which spares a second or two where a tokenizer is large; arguments and errors as in `load`."""
     if activations is not None:
         cpu.check_activations(activations)
     path = Path(folder)
     if path.is_dir():
         if quant_method(path) != QUANT_METHOD:
-            raise FormatError(
-                f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config."
-            )
+            raise _another(folder)
         find_shards(path)
-    kwargs = {"trust_remote_code": False} | kwargs
+    with _explained(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False} | kwargs)
+    if not isinstance(getattr(model, "hf_quantizer", None), TernarizeQuantizer):
+        raise _another(folder)
+    if activations is not None:
+        run_natively(model, activations)
+    return model
+
+
+def _another(folder: str | Path) -> FormatError:
+    return FormatError(f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config.")
+
+
+@contextmanager
+def _explained(folder: str | Path) -> Iterator[None]:
+    """transformers' own errors become ours."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=dtype, **kwargs)
-        if not isinstance(getattr(model, "hf_quantizer", None), TernarizeQuantizer):
-            raise FormatError(
-                f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config."
-            )
-        if activations is not None:
-            run_natively(model, activations)
-        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
+        yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TernarizeError(f"{folder}: transformers cannot load it: {first_line(error)} Check the path.") from error
 
@@ -296,7 +311,7 @@ def check_folder(folder: Path) -> None:
         TernarizeError: a file is missing or truncated.
     """
     if quant_method(folder) != QUANT_METHOD:
-        raise FormatError(f"{folder} is not a ternarize folder: its config.json has no ternarize quantization_config.")
+        raise _another(folder)
     shards = [str(shard) for shard in find_shards(folder)]
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -25,6 +25,7 @@ from ternarize.packing import (
     decode_levels,
     dequantize_table,
     level_row_bytes,
+    outermost_levels,
     pack_trits,
     packed_columns,
     quantize_table,
@@ -176,7 +177,7 @@ class TernaryLinear(nn.Module):
         check_packed(self.weight, self.in_features, f"{name}.weight")
         if self.limits is not None and not bool(torch.isfinite(self.limits).all()):
             raise FormatError(f"{name}.limits has NaN or infinite values: the file is corrupted.")
-        scale, shift = self.read_levels()
+        scale, shift = self.read_levels() if self.coded is None else outermost_levels(self.coded)
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise FormatError(f"{name}.scale has values that are not positive and finite: the file is corrupted.")
         if shift is not None and not bool(torch.isfinite(shift).all()):
