@@ -168,7 +168,7 @@ def test_greedy_generation_is_the_same(family: str, steps: Counts) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 48, "min_new_tokens": 48, "do_sample": False}
     ids = tokens(9)
     got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
-    assert steps[0] == 47
+    assert (steps[0], steps.prompts) == (47, [9])
     with decoder.linear_by_linear():
         want = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
     assert torch.equal(got, want)
