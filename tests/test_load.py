@@ -18,8 +18,9 @@ from tiny import copy_folder, edit_config, logits, make_checkpoint, make_recipe,
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ternarize
-from ternarize import Recipe, TernaryLinear, conversion
+from ternarize import Recipe, TernaryLinear, conversion, quantizer
 from ternarize.errors import FormatError
+from ternarize.evaluate import load_any
 from ternarize.format import TRIPWIRE
 from ternarize.progress import Progress
 
@@ -175,6 +176,16 @@ def test_a_padded_batch_gives_each_row_what_it_gives_alone(ternary: Path) -> Non
         both = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         alone = model(input_ids=ids[1:, 4:]).logits
     torch.testing.assert_close(both[1:, 4:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_who_wants_the_model_alone_reads_no_tokenizer(ternary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("a tokenizer was read")
+
+    monkeypatch.setattr(quantizer.AutoTokenizer, "from_pretrained", read)
+    load_any(ternary, "cpu", torch.float32)
+    with pytest.raises(AssertionError, match="a tokenizer was read"):
+        ternarize.load(ternary)
 
 
 def test_load_refuses_a_float_checkpoint(llama: Path) -> None:

@@ -16,6 +16,7 @@ from ternarize.packing import (
     dequantize_table,
     encode_levels,
     level_row_bytes,
+    outermost_levels,
     pack_trits,
     packed_columns,
     quantize_table,
@@ -23,6 +24,7 @@ from ternarize.packing import (
     trit_table,
     unpack_trits,
 )
+from ternarize.tensor import Levels
 
 # Trits of a row -> its bytes, by byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4 with d = trit + 1.
 GOLDEN: list[tuple[list[int], list[int]]] = [
@@ -278,6 +280,20 @@ def test_levels_come_back_within_half_a_step(scale_bits: int, shift_bits: int, g
         inside = (shift / read_scale).abs() <= 0.5  # the rounded scale may be too small to reach it
         off = ((read_shift.double() - shift) / read_scale.double()).abs()[inside]
         assert float(off.max()) <= half + 2e-3
+
+
+@pytest.mark.parametrize("shift_bits", [0, 4, 8])
+@pytest.mark.parametrize("scale_bits", [4, 8])
+def test_levels_lie_between_the_outermost_ones_whatever_the_codes(scale_bits: int, shift_bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups, limits = 64, torch.tensor([-9.0, -2.0, 3.0, 0.75])
+    record = torch.randint(256, (40, level_row_bytes(groups, scale_bits, shift_bits)), generator=generator)
+    levels = Levels(record.to(torch.uint8), limits, scale_bits, shift_bits)
+    (scale, shift), (ends, reach) = decode_levels(levels, groups), outermost_levels(levels)
+    assert ((ends[:, 1:] <= scale) & (scale <= ends[:, :1])).all()
+    assert (shift is None) == (reach is None)
+    if shift is not None and reach is not None:
+        assert (shift.abs() <= reach[:, :1]).all()
 
 
 def test_chosen_limits_hold_nearly_all_groups_and_an_outlier_costs_the_others_nothing() -> None:
