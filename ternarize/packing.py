@@ -138,8 +138,8 @@ def outermost_levels(levels: Levels) -> tuple[Tensor, Tensor | None]:
 
     What all its groups hold lies between, whatever their codes are.
     """
-    _, _, span, reach = levels.limits.double().tolist()
-    top = _row_top(levels.record[:, :1], levels.limits)
+    lo, hi, span, reach = levels.limits.double().tolist()
+    top = _row_top(levels.record[:, :1], lo, hi)
     ends = torch.cat([top, top - span], -1).exp2()
     if not levels.shift_bits:
         return _storable(ends), None
@@ -163,7 +163,7 @@ def _level_codes(
     lo, hi, span, reach = limits.double().tolist()
     octaves = scale.double().log2()
     row = ((octaves.amax(-1, keepdim=True) - lo) * (255 / max(hi - lo, 1e-9))).round().clamp(0, 255)
-    top = lo + (hi - lo) * row / 255
+    top = _row_top(row, lo, hi)
     largest = 2**scale_bits - 1
     code = ((top - octaves) * (largest / span)).round().clamp(0, largest).nan_to_num()  # a step that went wrong
     if shift is None:
@@ -178,8 +178,8 @@ def _coded_levels(
     row: Tensor, code: Tensor, shift_code: Tensor | None, scale_bits: int, shift_bits: int, limits: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and shift, fp16 [O, G], of codes as `_level_codes` gives them, in any type."""
-    _, _, span, reach = limits.double().tolist()
-    top = _row_top(row, limits)
+    lo, hi, span, reach = limits.double().tolist()
+    top = _row_top(row, lo, hi)
     steps = torch.arange(2**scale_bits, dtype=torch.float64, device=code.device)
     table = torch.exp2(top - span * steps / (len(steps) - 1))  # [O, 2^bits]: a row's scales are among these
     code = code.long()
@@ -190,9 +190,8 @@ def _coded_levels(
     return scale, (table.gather(1, code) * reach * (shift_code - middle) / (middle - 1)).half()
 
 
-def _row_top(row: Tensor, limits: Tensor) -> Tensor:
+def _row_top(row: Tensor, lo: float, hi: float) -> Tensor:
     """Binary logarithm of the largest scale of rows with these codes, float64."""
-    lo, hi = limits[:2].double().tolist()
     return lo + (hi - lo) * row.double() / 255
 
 

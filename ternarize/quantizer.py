@@ -266,10 +266,9 @@ def load(
         FormatError: not a ternarize folder, or damaged.
         TernarizeError: a local folder that is not a checkpoint, or no such activations.
     """
-    kwargs = {"trust_remote_code": False} | kwargs
     model = load_model(folder, device_map=device_map, dtype=dtype, activations=activations, **kwargs)
     with _explained(folder):
-        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs["trust_remote_code"])
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
 
 
 def load_model(folder: str | Path, *, activations: str | None = None, **kwargs: Any) -> PreTrainedModel:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from ternarize.errors import TernarizeError
+from ternarize.errors import TernarizeError, first_line
 from ternarize.files import write_tensors
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.reading import Item, Message, read, read_text
@@ -42,9 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise TernarizeError(
-            f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}"
-        ) from error
+        raise TernarizeError(f"{folder} has no tokenizer that transformers can read: {first_line(error)}") from error
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -147,33 +147,25 @@ class NativeForward:
             return None
         if config.output_attentions or config.output_hidden_states or not config.return_dict:
             return None
-        hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past, count = cache.get_seq_length(), hidden.shape[1]
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        past, count = cache.get_seq_length(), given.shape[1]
         whole = (1, past + count)
         if attention_mask is not None and (attention_mask.shape != whole or not bool(attention_mask.all())):
             return None
-        if not kernels.usable(hidden):
-            return None
         positions = torch.arange(past, past + count, device="cpu")[None] if position_ids is None else position_ids
-        out = (self._step if count == 1 else self._read)(cache, past, hidden, positions)
-        return None if out is None else BaseModelOutputWithPast(out.to(hidden.dtype), cache)
-
-    def _step(self, cache: DynamicCache, past: int, hidden: Tensor, positions: Tensor) -> Tensor | None:
-        """One token, [1, 1, H], behind `past` others."""
-        sequence = self.sequence(cache, past)
-        if sequence is None or not sequence.plan.without_gradients() or hidden.dtype != sequence.dtype:
+        sequence = self.sequence(cache, past) if count == 1 else None
+        plan = self.plan(cache) if count > 1 else sequence.plan if sequence else None
+        if plan is None or not plan.without_gradients():
             return None
-        ropes = sequence.plan.ropes(self.model.rotary_emb, positions)
-        return None if ropes is None else sequence.step(hidden.float().flatten(), ropes).view(1, 1, -1)
-
-    def _read(self, cache: DynamicCache, past: int, hidden: Tensor, positions: Tensor) -> Tensor | None:
-        """Several tokens, [1, T, H], behind `past` others."""
-        plan, model = self.plan(cache), self.model
-        ropes = plan.ropes(model.rotary_emb, positions) if plan is not None and plan.without_gradients() else None
-        if plan is None or ropes is None:
+        hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        ropes = plan.ropes(model.rotary_emb, positions)
+        if ropes is None or not kernels.usable(hidden) or (sequence and hidden.dtype != sequence.dtype):
             return None
-        read: Tensor = model.norm(read_prompt(plan, model.layers, cache, hidden[0], ropes).to(hidden.dtype))
-        return read[None]
+        if sequence:
+            out = sequence.step(hidden.float().flatten(), ropes).to(hidden.dtype)
+        else:
+            out = model.norm(read_prompt(plan, model.layers, cache, hidden[0], ropes).to(hidden.dtype))
+        return BaseModelOutputWithPast(out.view(1, count, -1), cache)
 
     def sequence(self, cache: DynamicCache, past: int) -> Sequence | None:
         """What goes on in a cache with `past` tokens; None where the library cannot serve the model or the cache.

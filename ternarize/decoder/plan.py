@@ -139,14 +139,12 @@ class Plan:
         decoder: the library's description.
         facts: what it was made from.
         kinds: (window, blocks) that are cached alike; a window of 0 is none.
-        windows: of each block.
         rope_kinds: arguments of the model's rotary embedding, one tuple a rope.
     """
 
     decoder: NativeDecoder
     facts: Facts
     kinds: list[tuple[int, list[int]]]
-    windows: list[int]
     rope_kinds: list[tuple[str, ...]]
 
     def without_gradients(self) -> bool:
@@ -205,8 +203,8 @@ def _make_plan(model: Any, path: kernels.Native, facts: Facts) -> Plan:
         for norm, place in family.norms.items():
             _set_norm(decoder, i, norm, block.get_submodule(place), family)
     _set_norm(decoder, len(blocks), NORMS[0], model.norm, family)
-    windows, rope_kinds = _set_attentions(decoder, blocks, family, config)
-    return Plan(decoder, facts, _alike(windows), windows, rope_kinds)
+    kinds, rope_kinds = _set_attentions(decoder, blocks, family, config)
+    return Plan(decoder, facts, kinds, rope_kinds)
 
 
 def _is_block(block: Any, name: str, family: Family) -> bool:
@@ -259,20 +257,15 @@ def _set_norm(decoder: NativeDecoder, block: int, name: str, norm: Any, family: 
 
 def _set_attentions(
     decoder: NativeDecoder, blocks: list[Any], family: Family, config: Any
-) -> tuple[list[int], list[tuple[str, ...]]]:
-    """The window of each block, and the kinds of ropes."""
+) -> tuple[list[tuple[int, list[int]]], list[tuple[str, ...]]]:
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(blocks)
     slides = [family.sliding and kind == "sliding_attention" for kind in types]
     windows = [(config.sliding_window or 0) if slide else 0 for slide in slides[: len(blocks)]]
     _require(1 not in windows)  # transformers' cache then holds all positions
+    kinds = [(window, [i for i, w in enumerate(windows) if w == window]) for window in sorted(set(windows))]
     ropes: list[tuple[str, ...]] = [(kind,) for kind in sorted(set(types))] if family.ropes else [()]
-    for number, (window, members) in enumerate(_alike(windows)):
+    for number, (window, members) in enumerate(kinds):
         for place, i in enumerate(members):
             rope = ropes.index((types[i],)) if family.ropes else 0
             decoder.set_attention(i, blocks[i].self_attn.scaling, window, rope, number, place)
-    return windows, ropes
-
-
-def _alike(windows: list[int]) -> list[tuple[int, list[int]]]:
-    """Each window, ascending, and the blocks that have it."""
-    return [(window, [i for i, own in enumerate(windows) if own == window]) for window in sorted(set(windows))]
+    return kinds, ropes

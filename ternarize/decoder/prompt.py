@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden, N heads, D head size, R ropes, P positions that are 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,16 +36,15 @@ def read_prompt(plan: Plan, layers: Any, cache: DynamicCache, hidden: Tensor, ro
     decoder, dtype = plan.decoder, hidden.dtype
     attended = torch.bfloat16 if decoder.path.name == "amx" and not decoder.exact else dtype
     x, room = hidden.to(torch.float32, copy=True), decoder.room(len(hidden))
-    masks: dict[tuple[int, int], Tensor | None] = {}
+    windows = {block: window for window, blocks in plan.kinds for block in blocks}
+    mask_of = functools.cache(window_mask)
     for i, layer in enumerate(layers[: decoder.shape.blocks]):
         entered = decoder.enter_attention(i, x, ropes, room)
         query, key, value = (part.to(dtype).transpose(0, 1)[None] for part in entered)
         key, value = cache.update(key, value, i)
-        window, behind = plan.windows[i], key.shape[2] - len(x)
-        if (window, behind) not in masks:
-            masks[window, behind] = window_mask(len(x), behind, window)
+        mask = mask_of(len(x), key.shape[2] - len(x), windows[i])
         query, key, value = (part.to(attended) for part in (query, key, value))
-        attention, mask = layer.self_attn, masks[window, behind]
+        attention = layer.self_attn
         mixed, _ = sdpa_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)
         decoder.leave_attention(i, mixed[0].float().contiguous(), x, room)
     return x

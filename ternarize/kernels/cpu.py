@@ -256,9 +256,18 @@ def _product(
         exact,
         torch.get_num_threads(),
     )
-    if failed:
-        raise MemoryError(f"no memory for the activations of {x.numel() // columns} tokens")
+    require_memory(failed, x.numel() // columns)
     return out
+
+
+def require_memory(failed: int, tokens: int) -> None:
+    """Of what a product returned.
+
+    Raises:
+        MemoryError: there is none for the activations.
+    """
+    if failed:
+        raise MemoryError(f"no memory for the activations of {tokens} tokens")
 
 
 class PackedTernary:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ternarize.kernels.cpu import DTYPES, Native, PackedTernary
+from ternarize.kernels.cpu import DTYPES, Native, PackedTernary, require_memory
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # as the library numbers them
 LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -120,9 +120,8 @@ class NativeDecoder:
         shape, tokens = self.shape, len(x)
         out = [x.new_empty(tokens, heads, shape.head_size) for heads in (shape.heads, *[shape.key_heads] * 2)]
         pointers = (part.data_ptr() for part in (x, ropes, *out, room))
-        self._check(
-            self._library.tz_enter_attention(self._pointer, block, *pointers, tokens, torch.get_num_threads()), tokens
-        )
+        failed = self._library.tz_enter_attention(self._pointer, block, *pointers, tokens, torch.get_num_threads())
+        require_memory(failed, tokens)
         query, key, value = out
         return query, key, value
 
@@ -136,10 +135,5 @@ class NativeDecoder:
             MemoryError: there is none for the activations.
         """
         pointers = (part.data_ptr() for part in (mixed, x, room))
-        self._check(
-            self._library.tz_leave_attention(self._pointer, block, *pointers, len(x), torch.get_num_threads()), len(x)
-        )
-
-    def _check(self, failed: int, tokens: int) -> None:
-        if failed:
-            raise MemoryError(f"no memory for the activations of {tokens} tokens")
+        failed = self._library.tz_leave_attention(self._pointer, block, *pointers, len(x), torch.get_num_threads())
+        require_memory(failed, len(x))
