@@ -24,7 +24,7 @@ import torch
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from ternarize.errors import TernarizeError, nearest
+from ternarize.errors import TernarizeError, first_line, nearest
 from ternarize.progress import quiet_transformers
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             "Check the spelling; for a private one run hf auth login."
         ) from error
     except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise TernarizeError(
             f"{repo!r} is not a local folder, and the Hub could not be reached for it: {reason} "
             "Check the path or the connection; sample:smollm2-135m needs neither."

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ternarize.errors import TernarizeError, nearest
+from ternarize.errors import TernarizeError, first_line, nearest
 
 Source = Annotated[
     str,
@@ -87,9 +87,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TernarizeError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]} Try --device cpu."
-        ) from error
+        raise TernarizeError(f"device {device!r} cannot be used: {first_line(error)} Try --device cpu.") from error
 
 
 def dtype_of(name: str) -> Any:
