@@ -63,7 +63,8 @@ class Learning:
         thresholds: whether the thresholds between trits learn.
         rate: peak learning rate of codes (AdamW).
         level_rate: peak learning rate of scales, shifts and thresholds.
-        off: weight of one minus the cosine between student's and teacher's features (OFF); 0 is off.
+        off: weight of one minus the cosine between student's and teacher's features (OFF); 0 is off. A window's tokens
+            count by their size, so that attention sinks are kept.
         cell: how far from its level a position may start, in units of scale: 0 is at the level, 0.5 at the threshold.
     """
 
@@ -90,6 +91,7 @@ class Tuning(Learning):
         ending_epochs: passes over the calibration windows for that.
     """
 
+    off: float = 2.0
     window: int = 1
     soften: float = 0.0
     ending: int = 0

@@ -38,6 +38,7 @@ from ternarize.solver import SMALLEST_SCALE
 from ternarize.tensor import TernaryTensor, expand_groups, times_scale
 
 HUBER = 1.0  # where the loss turns linear, in the tokens' units
+LARGEST = 10.0  # that a channel may be to OFF, in sizes of the median one
 SHARPEST = 30.0  # of the softened codes, when they are hardened
 
 
@@ -200,11 +201,11 @@ def tune(
         walk: how each block is called.
     """
 
-    units = [channel_unit(hidden) for hidden in exit_]
+    channels = [channel_sizes(hidden) for hidden in exit_]
 
     def loss(batch: int) -> Tensor:
         student = walk.through(window, first, batch, entrance[batch])
-        return window_loss(student, exit_[batch], units[batch], recipe.tune.off)
+        return window_loss(student, exit_[batch], channels[batch], recipe.tune.off)
 
     return learn(window, loss, len(entrance), recipe.tune.epochs, recipe)
 
@@ -268,22 +269,26 @@ def learn(
     return Tuned(before, after, kept, steps)
 
 
-def window_loss(student: Tensor, teacher: Tensor, channel: Tensor, off: float) -> Tensor:
-    """What the window's output is off by, each channel in units of its own: `huber_loss` plus `missed_share`; no unit.
+def window_loss(student: Tensor, teacher: Tensor, channels: Tensor, off: float) -> Tensor:
+    """What the window's output is off by: `huber_loss` and `sized_off`, in units of the channels; no unit.
 
-    The channels' units are geometric means, of a channel's own size and that of the median one. In absolute units one
-    channel of Gemma 3, with more than nine tenths of the energy of every token, would be all that counts, although the
-    norm of the next block makes it one among many.
+    For Huber's loss these are geometric means, of a channel's own size and that of the median one. In absolute units
+    one channel of Gemma 3, with more than nine tenths of the energy of every token, would be all that counts, although
+    the norm of the next block makes it one among many. For OFF such channels are made smaller, to `LARGEST` times the
+    median one, and the others are as they are.
 
     Args:
         student, teacher: [B, T, H].
-        channel: the unit of each [H], as `channel_unit` finds it in the teacher's.
-        off: weight of one minus the cosine, a mean over tokens.
+        channels: size of each [H], by `channel_sizes` of the teacher's.
+        off: weight of `sized_off`.
     """
-    student, teacher = student.float() / channel, teacher.float() / channel
-    loss = huber_loss(student, teacher) + missed_share(student, teacher)
+    student, teacher = student.float(), teacher.float()
+    median = channels.median().clamp(min=1e-6)
+    unit = (channels.clamp(min=0.01 * median) * median).sqrt()  # one that is idle is not all that counts either
+    loss = huber_loss(student / unit, teacher / unit)
     if off:
-        loss = loss + off * off_loss(student, teacher)
+        unit = (channels / (LARGEST * median)).clamp(min=1)
+        loss = loss + off * sized_off(student / unit, teacher / unit)
     return loss
 
 
@@ -299,28 +304,29 @@ def huber_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return nn.functional.huber_loss(student / unit, teacher / unit, delta=HUBER)
 
 
-def missed_share(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of features as a share of their energy, ||student - teacher||^2 / ||teacher||^2.
+def channel_sizes(features: Tensor) -> Tensor:
+    """Median magnitude of each channel of features [..., H] over the tokens, float32 [H].
 
-    Huber's loss is linear where a sink fails altogether, and there as weak as for any outlier. This is not: a lost
-    sink, or a token that becomes one and is none for the teacher, is most of what is missed.
+    Medians, so that the few tokens that are hundreds of times the others do not set a channel's size for all.
     """
-    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
-
-
-def channel_unit(teacher: Tensor) -> Tensor:
-    """What the channels of features [..., H] are measured in, float32 [H], by their median magnitudes over the tokens.
-
-    Medians, so that the few tokens that are hundreds of times the others do not set the unit for all.
-    """
-    own = teacher.float().abs().flatten(0, -2).median(0).values
-    middle = own.median().clamp(min=1e-6)
-    return (own.clamp(min=0.01 * middle) * middle).sqrt()  # a channel that is idle is not all that counts either
+    return features.float().abs().flatten(0, -2).median(0).values
 
 
 def off_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine between features [..., H], a mean over tokens (TernaryLLM's OFF)."""
     return (1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
+def sized_off(student: Tensor, teacher: Tensor) -> Tensor:
+    """OFF as a mean over tokens that count by the teacher's size, for features [..., H].
+
+    All other tokens attend to a sink, so it is to stay one; but how large it is hardly matters, as every block begins
+    with a norm. Huber's loss alone lets sinks go, which pull no harder on it than any outlier, and in squared error a
+    sink's size is most of what there is to learn, at the expense of all other tokens.
+    """
+    size = teacher.float().norm(dim=-1)
+    missed = 1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    return (size * missed).sum() / size.sum().clamp(min=1e-12)
 
 
 def learning_parameters(modules: dict[str, TrainableTernary]) -> dict[str, nn.Parameter]:

@@ -6,7 +6,6 @@ Shapes: O out features, I in features, G groups in a row, B windows, T tokens, H
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +21,13 @@ from ternarize.solver import fit
 from ternarize.tuning import (
     SHARPEST,
     TrainableTernary,
-    channel_unit,
+    channel_sizes,
     huber_loss,
     make_ternary,
     make_trainable,
-    missed_share,
     schedule,
     sharpness,
+    sized_off,
 )
 
 RECIPE = Recipe(group_size=8, feedback=False, curvature=False, refit=False, sweeps=0, correction=0.0)
@@ -43,7 +42,7 @@ def ternary_of(weight: Tensor, bias: Tensor | None = None, **changes: Any) -> Te
 
 
 def window_loss(student: Tensor, teacher: Tensor, off: float) -> Tensor:
-    return tuning.window_loss(student, teacher, channel_unit(teacher), off)
+    return tuning.window_loss(student, teacher, channel_sizes(teacher), off)
 
 
 def weight_of(trainable: TrainableTernary) -> Tensor:
@@ -174,29 +173,10 @@ def test_a_channel_counts_by_the_square_root_of_its_size() -> None:
     def loss_of(channel: int, by: float) -> float:
         student = teacher.clone()
         student[..., channel] += by
-        unit = channel_unit(teacher)
-        return float(huber_loss(student / unit, teacher / unit))
+        return float(window_loss(student, teacher, 0.0))
 
     assert loss_of(3, 1.0) == pytest.approx(100 * loss_of(2, 0.01), rel=1e-3)  # the same share of either
     assert loss_of(4, 0.01) == pytest.approx(100 * loss_of(2, 0.01), rel=1e-3)  # as at a hundredth of the others
-
-
-def test_a_lost_sink_pulls_harder_the_more_of_it_is_lost() -> None:
-    """Where Huber's loss pulls no harder than for any outlier."""
-    teacher = torch.ones(1, 50, 8)
-    teacher[0, 0] *= 100
-
-    def pull(loss: Callable[[Tensor, Tensor], Tensor], left: float) -> float:
-        student = teacher.clone()
-        student[0, 0] *= left
-        student.requires_grad_()
-        loss(student, teacher).backward()
-        assert student.grad is not None
-        return float(student.grad[0, 0].norm())
-
-    assert pull(huber_loss, 0.1) == pytest.approx(pull(huber_loss, 0.5), rel=1e-4)
-    assert pull(missed_share, 0.1) == pytest.approx(1.8 * pull(missed_share, 0.5), rel=1e-4)
-    assert float(missed_share(torch.zeros(2, 3), torch.ones(2, 3))) == 1
 
 
 def test_off_is_one_minus_the_cosine() -> None:
@@ -207,6 +187,37 @@ def test_off_is_one_minus_the_cosine() -> None:
 
     assert off(1.1 * teacher) == pytest.approx(0, abs=1e-5)
     assert off(-teacher) == pytest.approx(2)
+    assert off(torch.zeros_like(teacher)) == pytest.approx(1)
+
+
+def test_no_channel_is_all_that_off_sees() -> None:
+    """What is off by one in another channel counts for as much beside a huge channel as beside one ten times it."""
+    teacher = torch.ones(1, 50, 64)
+
+    def off_beside(largest: float) -> float:
+        teacher[..., 3] = largest
+        student = teacher.clone()
+        student[..., 5] = -1
+        return float(window_loss(student, teacher, 1.0) - window_loss(student, teacher, 0.0))
+
+    assert off_beside(10) == pytest.approx(2 / 163, rel=1e-3)
+    assert off_beside(1000) == pytest.approx(off_beside(10), rel=1e-3)
+
+
+def test_a_sink_that_turns_counts_by_its_size_and_one_that_shrinks_for_nothing() -> None:
+    teacher = torch.ones(1, 50, 8)
+    teacher[0, 0] *= 100
+
+    def off_of(token: int, change: Tensor) -> float:
+        student = teacher.clone()
+        student[0, token] *= change
+        return float(sized_off(student, teacher))
+
+    turned = torch.tensor([1.0, 1, 1, 1, 1, 1, -1, -1])
+    assert off_of(0, turned) == pytest.approx(100 * off_of(1, turned), rel=1e-4)
+    assert off_of(1, turned) == pytest.approx(0.5 / 149, rel=1e-4)
+    assert off_of(0, torch.full((8,), 0.2)) == pytest.approx(0, abs=1e-6)
+    assert float(sized_off(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))) == 0  # padding, say
 
 
 # -- a window ----------------------------------------------------------------------------------------------------------
