@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.quality.peers._as_gguf import gguf_names, heads_of, reorder, write_float
 from benchmarks.speed import contenders, torch_worker
-from benchmarks.speed.contenders import CONTENDERS, Contestant, choose
+from benchmarks.speed.contenders import BITNET, CONTENDERS, Contestant, built_bitnet, choose
 from benchmarks.speed.models import DATA_FREE, find
 from benchmarks.speed.run import _parser, run
 from benchmarks.speed.table import draw, markdown
@@ -215,6 +215,22 @@ def test_gguf(llama: Path, tmp_path: Path) -> None:
         assert torch.equal(reorder(stored, heads, back=True) if heads else stored, value.to(stored.dtype)), name
     q = found["blk.0.attn_q.weight"].data  # 4 heads of 8 rows: a row and the one 4 below it are neighbours there
     assert np.array_equal(q[1], tensors["model.layers.0.self_attn.q_proj.weight"][4].half().numpy())
+
+
+def test_bitnet_is_taken_from_where_it_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BITNET, raising=False)
+    with pytest.raises(TernarizeError, match=r"BITNET_CPP in the environment is to name a folder"):
+        built_bitnet()
+    monkeypatch.setenv(BITNET, str(tmp_path))
+    with pytest.raises(TernarizeError, match=r"in which bitnet.cpp was built"):
+        built_bitnet()
+    (tmp_path / "build" / "bin").mkdir(parents=True)
+    files = [tmp_path / "build" / "libllama.so", tmp_path / "build" / "bin" / "llama-quantize"]
+    for file in files:
+        file.touch()
+    library, quantize, commit = built_bitnet()
+    assert [library, quantize] == files
+    assert commit
 
 
 def test_choose() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,7 +24,9 @@ CONTENDERS = (
     "transformers:bfloat16",
     "transformers:int8",
     *(f"llama_cpp:{kind}" for kind in ("TQ2_0", "Q2_K", "Q4_0", "Q4_K_M", "F16")),
+    "bitnet_cpp:I2_S",
 )
+BITNET = "BITNET_CPP"  # in the environment: the folder in which bitnet.cpp was built
 PACKAGE = "tests.benchmarks.speed"
 
 
@@ -141,6 +145,8 @@ class Contestant:
         tool, _, kind = self.row["contender"].partition(":")
         if tool == "llama_cpp":
             return self._prepare_llama(model, setting, kind)
+        if tool == "bitnet_cpp":
+            return self._prepare_bitnet(model, setting, kind)
         folder = model.ternary(progress) if tool == TERNARIZE else model.source
         arguments = [kind or tool, str(folder), str(max(setting.threads))]
         size = sum(read_through(file) for file in folder.glob("*.safetensors"))
@@ -148,13 +154,60 @@ class Contestant:
 
     def _prepare_llama(self, model: Model, setting: Setting, kind: str) -> tuple[list[str], dict[str, Any]]:
         python = environment("llama_cpp", setting.environments, self.log).absolute()
+        facts = self._make_llama(python, model, setting, kind)
+        return self._llama_worker(python, model.place / f"{kind}.gguf", setting), facts
+
+    def _prepare_bitnet(self, model: Model, setting: Setting, kind: str) -> tuple[list[str], dict[str, Any]]:
+        """From the same F16 file, by its own `llama-quantize`, which leaves embedding and head as they are."""
+        library, quantize, commit = built_bitnet()
+        python = environment("bitnet_cpp", setting.environments, self.log).absolute()
+        whole = self._make_llama(environment("llama_cpp", setting.environments, self.log), model, setting, "F16")
+        file = model.place / f"{kind}.gguf"
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            run_logged([str(quantize), str(model.place / "F16.gguf"), str(partial), kind], self.log)
+            os.replace(partial, file)
+        not_read = whole["file_bytes"] - whole["bytes_per_token"]  # by a token, in either file
+        size = file.stat().st_size
+        facts = {
+            "bytes_per_token": size - not_read,
+            "types": {kind: sum(whole["types"].values()) - 1, "F16": 1},
+            "file_bytes": size,
+            "version": {"bitnet.cpp": commit},
+        }
+        return ["env", f"LLAMA_CPP_LIB_PATH={library.parent}", *self._llama_worker(python, file, setting)], facts
+
+    def _make_llama(self, python: Path, model: Model, setting: Setting, kind: str) -> dict[str, Any]:
         made = [str(model.source), str(model.place), kind, str(max(setting.threads))]
         run_logged([str(python), "-m", f"{PACKAGE}.llama_files", *made], self.log, folder=ROOT)
-        facts = json.loads((model.place / f"{kind}.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((model.place / f"{kind}.json").read_text(encoding="utf-8"))
+        return facts
+
+    @staticmethod
+    def _llama_worker(python: Path, file: Path, setting: Setting) -> list[str]:
+        read_through(file)
         context = max(setting.contexts) + setting.tokens + 1
-        read_through(model.place / f"{kind}.gguf")
-        arguments = [str(model.place / f"{kind}.gguf"), str(max(setting.threads)), str(context)]
-        return [str(python), "-m", f"{PACKAGE}.llama_worker", *arguments], facts
+        arguments = [str(file), str(max(setting.threads)), str(context)]
+        return [str(python), "-m", f"{PACKAGE}.llama_worker", *arguments]
+
+
+def built_bitnet() -> tuple[Path, Path, str]:
+    """bitnet.cpp's libllama.so and llama-quantize, and the commit that they were built from.
+
+    Raises:
+        TernarizeError: `BITNET` names no folder in which it was built.
+    """
+    root = Path(os.environ.get(BITNET, "")).absolute()
+    found = [next(root.rglob(name), None) for name in ("libllama.so", "llama-quantize")] if BITNET in os.environ else []
+    match found:
+        case [Path() as library, Path() as quantize]:
+            commit = subprocess.run(
+                ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+            )
+            return library, quantize, commit.stdout.strip() or "of an unknown commit"
+    raise TernarizeError(
+        f"{BITNET} in the environment is to name a folder in which bitnet.cpp was built, with -DBUILD_SHARED_LIBS=ON."
+    )
 
 
 def read_through(file: Path) -> int:

@@ -1,4 +1,5 @@
-"""The worker of llama.cpp, run in the environment of the peer `llama_cpp`: its C interface, fed with token ids.
+"""The worker of llama.cpp, run in the environment of the peer `llama_cpp` or `bitnet_cpp`: its C interface, fed with
+token ids.
 
     python -m tests.benchmarks.speed.llama_worker FILE.gguf THREADS CONTEXT
 
@@ -14,6 +15,9 @@ import numpy as np
 from llama_cpp import llama_cpp as native
 
 from .serve import Facts, Times, prompt_ids, serve
+
+if not hasattr(native, "llama_memory_clear"):
+    from . import old_llama as native
 
 
 def load(file: str, threads: int, context: int) -> tuple[Facts, Times]:

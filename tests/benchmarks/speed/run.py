@@ -9,6 +9,12 @@ with random weights. llama.cpp's files are written from the same checkpoint: F16
 `llama_model_quantize` as it does by default. What it cannot pack, such as rows that are no multiple of 256, it packs in
 other types: those that a file holds are listed.
 
+bitnet.cpp comes in no package. BITNET_CPP in the environment names a clone of github.com/microsoft/BitNet at c82b5e6
+(its llama.cpp's interface is the one that the worker knows), built as its setup does, with shared libraries: copy
+preset_kernels/bitnet_b1_58-3B/bitnet-lut-kernels-tl2.h to include/bitnet-lut-kernels.h, then `cmake -B build
+-DBITNET_X86_TL2=OFF -DBUILD_SHARED_LIBS=ON -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++` and `cmake --build
+build`. Its files are I2_S, one scale for a whole matrix.
+
 Everyone has a process of its own, which waits while others compute. In a round each takes its turn, in another order
 each time, so that other work on the machine falls on all alike: the same random tokens go in, and so many come out, the
 likeliest each time. A first prompt, with each number of threads, is not timed.
