@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from ternarize.packing import (
     trit_table,
     unpack_trits,
 )
+from ternarize.solver import SMALLEST_SCALE
 from ternarize.tensor import Levels
 
 # Trits of a row -> its bytes, by byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4 with d = trit + 1.
@@ -220,6 +221,7 @@ def test_an_int6_record_has_these_bytes() -> None:
 
 
 @settings(deadline=None, max_examples=40)
+@example(1, 3, 64, -3.0, 139)  # its largest weight over 31 is no normal number of fp16, as scales are
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([64, 128, 320]), st.floats(-3, 4), st.integers(0, 1000))
 def test_int6_is_no_worse_than_the_largest_weight_over_31(
     rows: int, runs: int, group_size: int, exponent: float, seed: int
@@ -231,7 +233,7 @@ def test_int6_is_no_worse_than_the_largest_weight_over_31(
     restored = dequantize_table(packed, columns, group_size, 6)
     for start in range(0, columns, group_size):
         group, back = weight[:, start : start + group_size], restored[:, start : start + group_size]
-        step = (group.abs().amax(1, keepdim=True) / 31).half().float()
+        step = (group.abs().amax(1, keepdim=True) / 31).clamp(min=SMALLEST_SCALE).half().float()
         nearest = (group / step).round().clamp(-31, 31) * step
         assert bool(((group - back).square().sum(1) <= (group - nearest).square().sum(1) * (1 + 1e-5)).all())
 
