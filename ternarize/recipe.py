@@ -318,6 +318,8 @@ def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     known: dict[str, Any] = {}
     for key, value in values.items():
+        if key is False and "off" in hints:
+            key = "off"  # what YAML makes of the word without quotes
         if key not in hints:
             raise TernarizeError(
                 f"{where}: unknown key {prefix + str(key)!r}{nearest(str(key), hints)}. Known keys: {', '.join(hints)}."

@@ -98,6 +98,15 @@ def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
     assert Recipe.load(path) == Recipe()
 
 
+def test_off_needs_no_quotes_though_yaml_takes_the_word_for_no(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("tune: {epochs: 1, off: 0.5}\n")
+    assert Recipe.load(path).tune.off == 0.5
+    path.write_text("off: 0.5\n")
+    with pytest.raises(TernarizeError, match=r"unknown key 'False'"):
+        Recipe.load(path)
+
+
 def test_a_yml_file_is_read_too(tmp_path: Path) -> None:
     path = tmp_path / "mine.yml"
     path.write_text("group_size: null\nskip: '*.down_proj'\ncalibration: {samples: 3}\n")
