@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ternarize.tensor import group_count
+from ternarize.tensor import SMALLEST_SCALE, group_count
 
 Grid = Literal["dlt", "symmetric", "absmean"]
 GRIDS: tuple[Grid, ...] = ("dlt", "symmetric", "absmean")
@@ -90,5 +90,4 @@ def _fit(w: Tensor, c: Tensor, with_shift: bool) -> tuple[Tensor, Tensor]:
 
 def _positive(scale: Tensor) -> Tensor:
     """Keep a scale off zero (a group of equal weights) without moving any other."""
-    floor = torch.finfo(torch.float16).smallest_normal
-    return scale.clamp(min=floor)
+    return scale.clamp(min=SMALLEST_SCALE)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ternarize.errors import FormatError, TernarizeError
-from ternarize.tensor import Levels, expand_groups, group_count, times_scale
+from ternarize.tensor import SMALLEST_SCALE, Levels, expand_groups, group_count, times_scale
 
 TRITS_PER_BYTE = 5
 TABLE_FLOATS = 2**22  # of a table that are rounded at a time, in several float32 copies
@@ -197,7 +197,7 @@ def _row_top(row: Tensor, lo: float, hi: float) -> Tensor:
 
 def _storable(scale: Tensor) -> Tensor:
     """Scales in fp16, none of them 0."""
-    return scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half()
+    return scale.clamp(min=SMALLEST_SCALE).half()
 
 
 def level_row_bytes(groups: int, scale_bits: int, shift_bits: int) -> int:
@@ -255,21 +255,17 @@ def _quantize_rows(weight: Tensor, group_size: int, bits: int) -> Tensor:
     groups, most = group_count(columns, group_size), 2 ** (bits - 1) - 1
     padded = torch.nn.functional.pad(weight, (0, groups * group_size - columns)).view(rows, groups, group_size)
     largest = padded.abs().amax(-1) / most
-    scale = _half_scale(largest)
+    scale = _storable(largest)
     if bits == 6:
         least = torch.full_like(largest, torch.inf)
         for shrink in SHRINKS:
-            tried = _half_scale(largest * shrink)
+            tried = _storable(largest * shrink)
             wide = tried.float()[..., None]
             error = ((padded / wide).round().clamp(-most, most) * wide - padded).square().sum(-1)
             scale, least = torch.where(error < least, tried, scale), torch.minimum(error, least)
     codes = (weight / expand_groups(scale.float(), columns, group_size)).round().clamp(-most, most).to(torch.int8)
     stored = codes.view(torch.uint8) if bits == 8 else _pack_six(codes)
     return torch.cat([stored, scale.view(torch.uint8)], dim=1)
-
-
-def _half_scale(scale: Tensor) -> Tensor:
-    return scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half()
 
 
 def _pack_six(codes: Tensor) -> Tensor:

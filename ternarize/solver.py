@@ -27,13 +27,12 @@ from ternarize.errors import TernarizeError
 from ternarize.grids import fit_grid, nearest
 from ternarize.packing import decode_levels, encode_levels
 from ternarize.recipe import Recipe
-from ternarize.tensor import Levels, TernaryTensor, expand_groups, sum_groups
+from ternarize.tensor import SMALLEST_SCALE, Levels, TernaryTensor, expand_groups, sum_groups
 
 COLUMN_BLOCK = 64  # columns whose feedback is applied to the rest of the row in one product
 REFIT_RIDGE = 1e-4  # pull of the refit towards the values it starts from, as a share of the diagonal
 REFIT_ROWS = 256  # rows of a weight that the refit solves at once,
 REFIT_FLOATS = 1 << 24  # and most float64 in their matrices (128 MiB)
-SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
 
 
 @dataclass(frozen=True)

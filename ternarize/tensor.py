@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+SMALLEST_SCALE = torch.finfo(torch.float16).smallest_normal
+
 
 def group_count(in_features: int, group_size: int) -> int:
     """G, the number of groups in a row of `in_features` columns; the last one may be short."""

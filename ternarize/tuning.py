@@ -34,8 +34,7 @@ from ternarize.learnt import learnt_linear, nearest_trits
 from ternarize.packing import decode_levels, encode_levels, round_levels
 from ternarize.recipe import Learning, Recipe
 from ternarize.runtime import TernaryLinear
-from ternarize.solver import SMALLEST_SCALE
-from ternarize.tensor import TernaryTensor, expand_groups, times_scale
+from ternarize.tensor import SMALLEST_SCALE, TernaryTensor, expand_groups, times_scale
 
 HUBER = 1.0  # where the loss turns linear, in the tokens' units
 LARGEST = 10.0  # that a channel may be to OFF, in sizes of the median one
@@ -314,7 +313,7 @@ def channel_sizes(features: Tensor) -> Tensor:
 
 def off_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine between features [..., H], a mean over tokens (TernaryLLM's OFF)."""
-    return (1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+    return _turned(student, teacher).mean()
 
 
 def sized_off(student: Tensor, teacher: Tensor) -> Tensor:
@@ -325,8 +324,12 @@ def sized_off(student: Tensor, teacher: Tensor) -> Tensor:
     sink's size is most of what there is to learn, at the expense of all other tokens.
     """
     size = teacher.float().norm(dim=-1)
-    missed = 1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
-    return (size * missed).sum() / size.sum().clamp(min=1e-12)
+    return (size * _turned(student, teacher)).sum() / size.sum().clamp(min=1e-12)
+
+
+def _turned(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine of each token's features, [..., H] -> [...]."""
+    return 1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
 def learning_parameters(modules: dict[str, TrainableTernary]) -> dict[str, nn.Parameter]:

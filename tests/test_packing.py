@@ -24,8 +24,7 @@ from ternarize.packing import (
     trit_table,
     unpack_trits,
 )
-from ternarize.solver import SMALLEST_SCALE
-from ternarize.tensor import Levels
+from ternarize.tensor import SMALLEST_SCALE, Levels
 
 # Trits of a row -> its bytes, by byte = d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4 with d = trit + 1.
 GOLDEN: list[tuple[list[int], list[int]]] = [

@@ -21,7 +21,6 @@ from ternarize.errors import TernarizeError
 from ternarize.grids import GRIDS, fit_grid, nearest
 from ternarize.recipe import Recipe
 from ternarize.solver import (
-    SMALLEST_SCALE,
     LinearStatistics,
     correct_for_prefix,
     fit,
@@ -31,7 +30,7 @@ from ternarize.solver import (
     round_with_feedback,
     sweep,
 )
-from ternarize.tensor import TernaryTensor, expand_groups, group_count
+from ternarize.tensor import SMALLEST_SCALE, TernaryTensor, expand_groups, group_count
 
 DATA_FREE = Recipe(group_size=16, feedback=False, curvature=False, refit=False, sweeps=0, correction=0.0)
 

@@ -15,6 +15,7 @@ from ternarize.errors import TernarizeError
 from ternarize.progress import Progress
 
 from ..quality.contenders import environment, run_logged
+from ..quality.peers._common import make
 from .models import Model
 from .workers import ROOT, Worker
 
@@ -153,38 +154,34 @@ class Contestant:
         return [sys.executable, "-m", f"{PACKAGE}.torch_worker", *arguments], {"file_bytes": size}
 
     def _prepare_llama(self, model: Model, setting: Setting, kind: str) -> tuple[list[str], dict[str, Any]]:
-        python = environment("llama_cpp", setting.environments, self.log).absolute()
-        facts = self._make_llama(python, model, setting, kind)
-        return self._llama_worker(python, model.place / f"{kind}.gguf", setting), facts
+        facts = self._make_llama(model, setting, kind)
+        return self._llama_worker("llama_cpp", model.place / f"{kind}.gguf", setting), facts
 
     def _prepare_bitnet(self, model: Model, setting: Setting, kind: str) -> tuple[list[str], dict[str, Any]]:
         """From the same F16 file, by its own `llama-quantize`, which leaves embedding and head as they are."""
         library, quantize, commit = built_bitnet()
-        python = environment("bitnet_cpp", setting.environments, self.log).absolute()
-        whole = self._make_llama(environment("llama_cpp", setting.environments, self.log), model, setting, "F16")
-        file = model.place / f"{kind}.gguf"
-        if not file.exists():
-            partial = file.with_suffix(".partial")
-            run_logged([str(quantize), str(model.place / "F16.gguf"), str(partial), kind], self.log)
-            os.replace(partial, file)
-        not_read = whole["file_bytes"] - whole["bytes_per_token"]  # by a token, in either file
+        whole = self._make_llama(model, setting, "F16")
+        float_file, file = (model.place / f"{name}.gguf" for name in ("F16", kind))
+        make(file, lambda partial: run_logged([str(quantize), str(float_file), str(partial), kind], self.log))
         size = file.stat().st_size
         facts = {
-            "bytes_per_token": size - not_read,
+            "bytes_per_token": size - (whole["file_bytes"] - whole["bytes_per_token"]),  # less what no token reads
             "types": {kind: sum(whole["types"].values()) - 1, "F16": 1},
             "file_bytes": size,
             "version": {"bitnet.cpp": commit},
         }
-        return ["env", f"LLAMA_CPP_LIB_PATH={library.parent}", *self._llama_worker(python, file, setting)], facts
+        worker = self._llama_worker("bitnet_cpp", file, setting)
+        return ["env", f"LLAMA_CPP_LIB_PATH={library.parent}", *worker], facts
 
-    def _make_llama(self, python: Path, model: Model, setting: Setting, kind: str) -> dict[str, Any]:
+    def _make_llama(self, model: Model, setting: Setting, kind: str) -> dict[str, Any]:
+        python = environment("llama_cpp", setting.environments, self.log).absolute()
         made = [str(model.source), str(model.place), kind, str(max(setting.threads))]
         run_logged([str(python), "-m", f"{PACKAGE}.llama_files", *made], self.log, folder=ROOT)
         facts: dict[str, Any] = json.loads((model.place / f"{kind}.json").read_text(encoding="utf-8"))
         return facts
 
-    @staticmethod
-    def _llama_worker(python: Path, file: Path, setting: Setting) -> list[str]:
+    def _llama_worker(self, peer: str, file: Path, setting: Setting) -> list[str]:
+        python = environment(peer, setting.environments, self.log).absolute()
         read_through(file)
         context = max(setting.contexts) + setting.tokens + 1
         arguments = [str(file), str(max(setting.threads)), str(context)]
@@ -197,17 +194,17 @@ def built_bitnet() -> tuple[Path, Path, str]:
     Raises:
         TernarizeError: `BITNET` names no folder in which it was built.
     """
-    root = Path(os.environ.get(BITNET, "")).absolute()
-    found = [next(root.rglob(name), None) for name in ("libllama.so", "llama-quantize")] if BITNET in os.environ else []
-    match found:
-        case [Path() as library, Path() as quantize]:
-            commit = subprocess.run(
-                ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-            )
-            return library, quantize, commit.stdout.strip() or "of an unknown commit"
-    raise TernarizeError(
-        f"{BITNET} in the environment is to name a folder in which bitnet.cpp was built, with -DBUILD_SHARED_LIBS=ON."
-    )
+    root = os.environ.get(BITNET)
+    names = ("libllama.so", "llama-quantize")
+    library, quantize = (next(Path(root).absolute().rglob(name), None) if root else None for name in names)
+    if root is None or library is None or quantize is None:
+        raise TernarizeError(
+            f"{BITNET} in the environment is to name a folder in which bitnet.cpp was built, with "
+            "-DBUILD_SHARED_LIBS=ON."
+        )
+    asked = ["git", "-C", root, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return library, quantize, commit or "of an unknown commit"
 
 
 def read_through(file: Path) -> int:

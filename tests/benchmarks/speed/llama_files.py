@@ -9,10 +9,8 @@ default; FOLDER/TYPE.json says what that file holds. It has no tokenizer: token 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,7 @@ import gguf
 import numpy as np
 
 from ..quality.peers._as_gguf import gguf_names, quantize, write_float
-from ..quality.peers._common import read_checkpoint
-
-
-def make(file: Path, write: Callable[[Path], None]) -> None:
-    """Have a file written, unless it is there; what fails on the way leaves none."""
-    if not file.exists():
-        partial = file.with_suffix(".partial")
-        write(partial)
-        os.replace(partial, file)
+from ..quality.peers._common import make, read_checkpoint
 
 
 def write_f16(source: Path, file: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -145,6 +146,14 @@ def start(peer: str, defaults: dict[str, Any]) -> Job:
     job.stored.mkdir(parents=True)
     torch.manual_seed(0)
     return job
+
+
+def make(file: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written, unless it is there; what fails on the way leaves none."""
+    if not file.exists():
+        partial = file.with_suffix(".partial")
+        write(partial)
+        os.replace(partial, file)
 
 
 def read_checkpoint(folder: Path) -> Iterator[tuple[str, Tensor]]:
