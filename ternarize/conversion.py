@@ -7,7 +7,7 @@
         tune      codes, scales and shifts against the teacher's output, where the recipe says so
         advance   the student's hidden states through the ternary block
         write     the block's tensors, durably
-    ending        the last blocks once more, together, against the teacher's predictions, where the recipe says so
+    ending        the last blocks, or all, together, against the teacher's predictions, where the recipe says so
     distill       the whole student against the whole teacher, where the recipe says so
 
 Work goes to OUT.partial beside OUT; it is renamed at the end, so OUT is never half written. A run that was stopped goes
@@ -240,8 +240,8 @@ def _convert_ending(
     student: Walk,
     ids: list[Tensor],
 ) -> dict[str, Any]:
-    """Let the last blocks, which are ternary, learn once more and make them durable; or walk through what an earlier
-    run made of them. Returns how it ended.
+    """Let the last blocks, or all, which are ternary, learn once more and make them durable; or walk through what an
+    earlier run made of them. Returns how it ended.
     """
     work = job.work
     if work.has(ENDING):

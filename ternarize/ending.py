@@ -1,9 +1,10 @@
-"""The last blocks learn once more, together, from what the teacher says: its distribution of the next token.
+"""The last blocks, or all, learn once more, together, from what the teacher says: its distribution of the next token.
 
 Block by block, each learns to come close to the teacher's hidden states, all of them alike. What the head makes of them
-is not alike: the last blocks can be taught which of the errors that reached them change the answer. That takes these
-blocks, the head and three sets of hidden states in memory, not the models. Scales and shifts learn, codes do not: in so
-few steps they gain nothing by it (recipes/README.md). A held-out guard decides, as in tuning.
+is not alike: blocks that learn together can be taught which of the errors that reached them change the answer. That
+takes these blocks, a byte for each of their weights, the head and three sets of hidden states in memory, not the
+models. Scales and shifts learn, codes do not: in so few steps they gain nothing by it (recipes/README.md). A held-out
+guard decides, as in tuning.
 
     loss = KL(teacher || student), nats a token, both read from hidden states by the teacher's own norm and head
 
@@ -36,7 +37,7 @@ def tune_ending(
     ids: list[Tensor],
     progress: Progress,
 ) -> Tuned:
-    """Learn the scales and shifts of a model's last blocks, ternary before and after.
+    """Learn the scales and shifts of a model's last blocks, or of all, ternary before and after.
 
     Args:
         window: the blocks by full name, in order; `first` is the number of the first one.
@@ -44,7 +45,8 @@ def tune_ending(
         student: where the window begins; it is advanced to the end.
         ids: the calibration windows in batches, int64 [B, T], as they were walked.
     """
-    levels = replace(recipe.tune, codes="frozen", levels=True)
+    levels = replace(recipe.tune, codes="frozen", levels=True, level_rate=recipe.tune.ending_rate)
+    recipe = replace(recipe, tune=levels)
     for name, block in window.items():
         make_trainable(block, {}, name, levels)
     outside = checkpoint.skeleton()
@@ -63,7 +65,7 @@ def tune_ending(
         return hidden_divergence(read, read, teacher.hidden[batch], hidden)
 
     epochs = recipe.tune.ending_epochs
-    with progress.bar("tuning the last blocks", total=count_steps(len(ids), recipe, epochs), unit="step") as bar:
+    with progress.bar(f"tuning {len(window)} blocks together", total=count_steps(len(ids), recipe, epochs), unit="step") as bar:
         tuned = learn(list(window.values()), loss, len(ids), epochs, recipe, lambda: bar.update(1))
     for offset, block in enumerate(window.values()):
         make_ternary(block)

@@ -86,22 +86,25 @@ class Tuning(Learning):
     Args:
         window: blocks that learn together, 1 to 4.
         soften: share of the steps over which trits are soft and harden; 0 is hard from the start.
-        ending: the last so many blocks learn once more, together, against the teacher's distribution of the next token;
-            0 is off. All of them are in memory then, and the head.
+        ending: the last so many blocks, or "all", learn once more, together, against the teacher's distribution of the
+            next token; 0 is off. They are in memory then, and the head.
         ending_epochs: passes over the calibration windows for that.
+        ending_rate: peak learning rate of the scales and shifts, all that learns there.
     """
 
     off: float = 2.0
     window: int = 1
     soften: float = 0.0
-    ending: int = 0
+    ending: int | Literal["all"] = 0
     ending_epochs: float = 1.0
+    ending_rate: float = 1e-2
 
     def first_of_ending(self, blocks: int) -> int:
         """Number of the first of a model's blocks to learn once more, where a window begins; `blocks` if none does."""
         if not (self.epochs and self.ending):
             return blocks
-        return max(0, blocks - self.ending) // self.window * self.window
+        count = blocks if self.ending == "all" else self.ending
+        return max(0, blocks - count) // self.window * self.window
 
 
 @dataclass(frozen=True)
@@ -193,9 +196,11 @@ class Recipe:
             _require(self.group_size >= 1, "group_size", self.group_size, "at least 1, or null for a whole row")
         _require(1 <= self.tune.window <= 4, "tune.window", self.tune.window, "between 1 and 4 blocks")
         _require(0 <= self.tune.soften <= 1, "tune.soften", self.tune.soften, "between 0 and 1")
-        _require(self.tune.ending >= 0, "tune.ending", self.tune.ending, "0 (off) or more")
-        epochs = self.tune.ending_epochs
+        ending = self.tune.ending
+        _require(ending == "all" or ending >= 0, "tune.ending", ending, "0 (off), a number of blocks or all")
+        epochs, rate = self.tune.ending_epochs, self.tune.ending_rate
         _require(0 < epochs < math.inf, "tune.ending_epochs", epochs, "above 0; tune.ending: 0 turns it off")
+        _require(0 < rate < math.inf, "tune.ending_rate", rate, "above 0; tune.ending: 0 turns it off")
         for name, learning in (("tune", self.tune), ("distill", self.distill)):
             _require(0 <= learning.epochs < math.inf, f"{name}.epochs", learning.epochs, "0 (off) or more")
             _require(learning.rank >= 1, f"{name}.rank", learning.rank, "at least 1")
@@ -328,8 +333,13 @@ def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
     return cls(**known)
 
 
-def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
-    """`value` as the type that the field declares, or an error that names both."""
+def _words(hint: Any) -> tuple[Any, ...]:
+    """What a Literal allows; nothing for other types."""
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _convert(value: Any, hint: Any, where: str, key: str, besides: str = "") -> Any:
+    """`value` as the type that the field declares, or an error that names both, and what else is allowed."""
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, f"{key}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -338,9 +348,11 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
             return value
         expected = "one of " + ", ".join(map(str, arguments)) + nearest(str(value), arguments)
     elif origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), where, key)
+        (main,) = (choice for choice in arguments if choice is not type(None) and not _words(choice))
+        words = [word for choice in arguments if choice is not main for word in _words(choice) or [None]]
+        if value in words:
+            return value
+        return _convert(value, main, where, key, "".join(f" or {word or 'null'}" for word in words))
     elif origin is tuple:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
@@ -354,7 +366,7 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
         return value
     else:
         expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
-    raise TernarizeError(f"{where}: {key} is {value!r}, but must be {expected}.")
+    raise TernarizeError(f"{where}: {key} is {value!r}, but must be {expected}{besides}.")
 
 
 def _require(holds: bool, key: str, value: object, rule: str) -> None:

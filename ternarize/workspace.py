@@ -7,7 +7,7 @@
       group_sizes.json         what a budget gives each linear
       outside.safetensors      what lies outside the blocks
       block-00000.safetensors  one part per finished block; its .json is written after it and makes it count
-      ending.safetensors       the last blocks, where they learnt once more; takes the place of their own parts
+      ending.safetensors       the blocks that learnt once more, together; takes the place of their own parts
       distill.safetensors      a distillation under way
       teacher/                 what the teacher said, where a distillation sees its text again
       final/                   the finished folder, renamed to OUT

@@ -40,9 +40,9 @@ def ended(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize(
     ("ending", "window", "blocks", "first"),
-    [(4, 1, 30, 26), (0, 1, 30, 30), (40, 1, 30, 0), (5, 2, 30, 24), (3, 4, 6, 0)],
+    [(4, 1, 30, 26), (0, 1, 30, 30), (40, 1, 30, 0), ("all", 1, 30, 0), ("all", 4, 6, 0), (5, 2, 30, 24), (3, 4, 6, 0)],
 )
-def test_where_it_begins(ending: int, window: int, blocks: int, first: int) -> None:
+def test_where_it_begins(ending: Any, window: int, blocks: int, first: int) -> None:
     recipe = Recipe.from_dict({"tune": TUNE | {"ending": ending, "window": window}})
     assert recipe.tune.first_of_ending(blocks) == first
     assert Recipe.from_dict({"tune": {"ending": ending}}).tune.first_of_ending(blocks) == blocks  # nothing is tuned
@@ -91,7 +91,7 @@ def test_a_mean_by_pieces_is_the_mean(shape: tuple[int, ...], at_once: int, monk
 
 def test_it_is_taken_back_where_it_lost(source: Path, text: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "fitted", make_recipe(text), progress=QUIET)
-    report = convert(source, tmp_path / "out", with_ending(text, rate=50.0, level_rate=50.0), progress=QUIET)
+    report = convert(source, tmp_path / "out", with_ending(text, rate=50.0, level_rate=50.0, ending_rate=50.0), progress=QUIET)
     *_, last = report.run["tune"]
     assert last["ending"]
     assert not last["kept"]

@@ -46,7 +46,13 @@ recipes = st.builds(
     budget=st.none() | st.floats(1.61, 4),
     scale_bits=st.sampled_from([8, 4]),
     shift_bits=st.sampled_from([8, 4]),
-    tune=st.builds(Tuning, epochs=st.floats(0, 9), window=st.integers(1, 4), soften=st.floats(0, 1)),
+    tune=st.builds(
+        Tuning,
+        epochs=st.floats(0, 9),
+        window=st.integers(1, 4),
+        soften=st.floats(0, 1),
+        ending=st.integers(0, 99) | st.just("all"),
+    ),
     distill=st.builds(Distillation, epochs=st.floats(0, 9), codes=st.sampled_from(["latent", "low-rank", "frozen"])),
 )
 
@@ -244,8 +250,9 @@ BAD: dict[str, list[Any]] = {
     "sweeps": [-1, 21, None, *WHOLE],
     "tune.window": [0, 5, None, *WHOLE],
     "tune.soften": [-0.1, 1.1, *NUMBER],
-    "tune.ending": [-1, None, *WHOLE],
+    "tune.ending": [-1, None, "every", ["all"], *WHOLE],
     "tune.ending_epochs": [0, -1, None, *NUMBER],
+    "tune.ending_rate": [0, -1, None, *NUMBER],
     "distill.samples": [0, None, *WHOLE],
     "distill.batch": [0, None, *WHOLE],
     "distill.depths": [0, None, *WHOLE],

@@ -2,9 +2,9 @@
 
 The source is written as a float32 GGUF, `llama_model_quantize` turns it into the `type` asked for (Q2_K, Q2_K_S,
 IQ2_XXS, IQ2_XS, IQ2_S, IQ2_M, TQ1_0, TQ2_0), and the result is read back. The importance matrix is what llama.cpp's own
-tool makes: the mean square of every input of a linear layer, here over the calibration tokens. Default of the tool:
-its recipe puts larger types into some layers (they are counted as stored); `pure=1` asks for the one type everywhere.
-Embeddings and head stay in float32.
+tool makes: the mean square of every input of a linear layer, here over the calibration tokens (products in bfloat16
+where the processor has instructions for it, as in ternarize). Default of the tool: its recipe puts larger types into
+some layers (they are counted as stored); `pure=1` asks for the one type everywhere. Embeddings and head stay in float32.
 
 All of these types pack 256 weights of a row. Where a width is no multiple of 256, llama.cpp falls back to types of
 more than 4 bits; this adapter stops with an error instead. Architectures: llama, qwen2, qwen3.
@@ -32,10 +32,11 @@ def importance(job: Job) -> dict[str, Tensor]:
     for name, module in block_linears(model).items():
 
         def add(_: object, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            sums[name] = sums.get(name, 0) + inputs[0].flatten(0, -2).square().sum(0)
+            sums[name] = sums.get(name, 0) + inputs[0].flatten(0, -2).float().square().sum(0)
 
         module.register_forward_pre_hook(add)
-    with torch.no_grad():
+    fast = any(probe() for probe in (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
         for row in job.ids:
             model(row[None], use_cache=False)
     return {name: value / job.ids.numel() for name, value in sums.items()}
