@@ -65,7 +65,8 @@ def tune_ending(
         return hidden_divergence(read, read, teacher.hidden[batch], hidden)
 
     epochs = recipe.tune.ending_epochs
-    with progress.bar(f"tuning {len(window)} blocks together", total=count_steps(len(ids), recipe, epochs), unit="step") as bar:
+    steps = count_steps(len(ids), recipe, epochs)
+    with progress.bar(f"tuning {len(window)} blocks together", total=steps, unit="step") as bar:
         tuned = learn(list(window.values()), loss, len(ids), epochs, recipe, lambda: bar.update(1))
     for offset, block in enumerate(window.values()):
         make_ternary(block)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import find_blocks, linear_shape, linears
-from ternarize.calibration import PIECE_TOKENS
+from ternarize.calibration import BATCH_TOKENS, PIECE_TOKENS
 from ternarize.checkpoint import Checkpoint, tied_parameters
 from ternarize.choice import Choice, choose, find_embeddings
 from ternarize.errors import TernarizeError
@@ -28,7 +28,8 @@ from ternarize.text import split_source
 
 RANK_WINDOWS, RANK_LENGTH = 4, 256  # text that a budget ranks the linears on
 LOGITS = 24  # bytes for a logit that is learnt from: two distributions in float32, their gradients, and rounded ones
-FROZEN = 16  # bytes for a weight whose scale learns: its code, the float weight made of it, and that one's gradient
+FROZEN = 3  # bytes for a weight whose scale learns: its code, and what a scale's learning takes, over 32 weights
+KEPT = 5  # bytes for an input or output of a linear that learns: what a block keeps for its backward pass, all in all
 LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
 PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
 
@@ -227,12 +228,13 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
     outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(f"{path}."))
     outside -= sum(model.get_parameter(name).numel() for name in tied_parameters(model))
-    widths = [linear_shape(module)[1] for _, module in linears(blocks[0], f"{path}.0")]
+    inside = list(linears(blocks[0], f"{path}.0"))
+    widths = [linear_shape(module)[1] for _, module in inside]
     moments = 2 * sum(width * width for width in widths) + 4 * max(widths) ** 2
     calibration = recipe.calibration
     hidden = getattr(model.config.get_text_config(), "hidden_size", max(widths))
     activations = 2 * calibration.samples * calibration.length * hidden
-    largest = max(o * i for o, i in (linear_shape(m) for _, m in linears(blocks[0], f"{path}.0")))
+    largest = max(o * i for o, i in (linear_shape(module) for _, module in inside))
     walking = 4 * (2 * block + moments + activations + 8 * largest)
     first = 4 * 2 * outside
     writing = 4 * weights * 1.1 if any(split_source(s)[0] == "self" for s in calibration.text) else 0
@@ -240,7 +242,8 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     ending = 0
     if ended := len(blocks) - recipe.tune.first_of_ending(len(blocks)):
         logits = LOGITS * PIECE_TOKENS * model.config.get_text_config().vocab_size
-        ending = FROZEN * ended * block + 4 * outside + 6 * activations + logits
+        kept = max(BATCH_TOKENS, calibration.length) * sum(sum(linear_shape(module)) for _, module in inside)
+        ending = ended * (FROZEN * block + KEPT * kept) + 4 * outside + 6 * activations + logits
     distilling = (LEARNING + 4) * weights if recipe.distill.epochs else 0
     ranking = 2 * 4 * weights if recipe.budget is not None else 0
     return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, ending, first, writing, distilling, ranking))

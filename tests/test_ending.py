@@ -27,8 +27,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("source") / "source", num_hidden_layers=4)
 
 
-def with_ending(text: Path, ending: int = 2, **changes: Any) -> Recipe:
-    return make_recipe(text, tune=TUNE | {"ending": ending, "ending_epochs": 6.0} | changes)
+def with_ending(text: Path, ending: int | str = 2, **changes: Any) -> Recipe:
+    return make_recipe(text, tune=TUNE | {"ending": ending, "ending_epochs": 6.0, "ending_rate": 0.03} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,15 @@ def test_where_it_begins(ending: Any, window: int, blocks: int, first: int) -> N
     assert Recipe.from_dict({"tune": {"ending": ending}}).tune.first_of_ending(blocks) == blocks  # nothing is tuned
 
 
-def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(
-    source: Path, text: Path, ended: Path, tmp_path: Path
-) -> None:
-    plain = convert(source, tmp_path / "plain", with_ending(text, ending=0), progress=QUIET)
+@pytest.fixture(scope="module")
+def plain(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without an ending."""
+    output = tmp_path_factory.mktemp("plain") / "out"
+    convert(source, output, with_ending(text, ending=0), progress=QUIET)
+    return output
+
+
+def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(ended: Path, plain: Path) -> None:
     report = Report.read(ended)
     *_, last = report.run["tune"]
     assert last["ending"]
@@ -60,13 +65,24 @@ def test_it_lowers_the_divergence_from_the_teacher_and_leaves_the_other_blocks(
     assert last["after"] < last["before"]
     # the gate measures the same windows with the student's own int8 head
     assert report.run["verdict"]["evaluation"]["kl"] == pytest.approx(last["after"], rel=0.1)
-    assert report.run["verdict"]["evaluation"]["kl"] < plain.run["verdict"]["evaluation"]["kl"]
-    before, after = read_tensors(tmp_path / "plain"), read_tensors(ended)
+    assert report.run["verdict"]["evaluation"]["kl"] < Report.read(plain).run["verdict"]["evaluation"]["kl"]
+    before, after = read_tensors(plain), read_tensors(ended)
     assert before.keys() == after.keys()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed
     assert all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in changed)
     assert not any(name.endswith("proj.weight") for name in changed)  # scales and shifts learn, codes do not
+
+
+def test_all_blocks_can_learn_together(source: Path, text: Path, plain: Path, tmp_path: Path) -> None:
+    report = convert(source, tmp_path / "out", with_ending(text, ending="all"), progress=QUIET)
+    last = report.run["tune"][-1]
+    assert last["blocks"] == [f"model.layers.{index}" for index in range(4)]
+    assert last["kept"]
+    assert last["after"] < last["before"]
+    before, after = read_tensors(plain), read_tensors(tmp_path / "out")
+    changed = {name.split(".")[2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"0", "1", "2", "3"}
 
 
 @pytest.mark.parametrize(("shape", "at_once"), [((1, 7, 4), 3), ((3, 8, 4), 6), ((2, 5, 4), 1), ((2, 5, 4), 99)])
@@ -91,7 +107,9 @@ def test_a_mean_by_pieces_is_the_mean(shape: tuple[int, ...], at_once: int, monk
 
 def test_it_is_taken_back_where_it_lost(source: Path, text: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "fitted", make_recipe(text), progress=QUIET)
-    report = convert(source, tmp_path / "out", with_ending(text, rate=50.0, level_rate=50.0, ending_rate=50.0), progress=QUIET)
+    report = convert(
+        source, tmp_path / "out", with_ending(text, rate=50.0, level_rate=50.0, ending_rate=50.0), progress=QUIET
+    )
     *_, last = report.run["tune"]
     assert last["ending"]
     assert not last["kept"]

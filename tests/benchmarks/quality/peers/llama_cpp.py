@@ -4,7 +4,8 @@ The source is written as a float32 GGUF, `llama_model_quantize` turns it into th
 IQ2_XXS, IQ2_XS, IQ2_S, IQ2_M, TQ1_0, TQ2_0), and the result is read back. The importance matrix is what llama.cpp's own
 tool makes: the mean square of every input of a linear layer, here over the calibration tokens (products in bfloat16
 where the processor has instructions for it, as in ternarize). Default of the tool: its recipe puts larger types into
-some layers (they are counted as stored); `pure=1` asks for the one type everywhere. Embeddings and head stay in float32.
+some layers (they are counted as stored); `pure=1` asks for the one type everywhere. Embeddings and head stay in
+float32.
 
 All of these types pack 256 weights of a row. Where a width is no multiple of 256, llama.cpp falls back to types of
 more than 4 bits; this adapter stops with an error instead. Architectures: llama, qwen2, qwen3.
