@@ -23,6 +23,8 @@ from ternarize.evaluate import Evaluation, Tally
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
 
+HELD_OUT = "held-out calibration text"
+FITTED = "calibration text that it was fitted to, none being held out"
 COLLAPSED_KL = 4.0  # nats a token: the student's distribution has little to do with the teacher's
 COLLAPSED_AGREEMENT = 0.1  # of the likeliest tokens; guessing the commonest token reaches about 0.05
 LOOPING_AGREEMENT = 0.3  # a small model may loop in greedy text although it predicts well
@@ -43,7 +45,7 @@ class Verdict:
     Args:
         word: "close", "weak" or "collapsed"; "not compared" where the recipe used no text.
         why: in words, with the figures; what to do is part of it unless the student is close.
-        evaluation: the comparison on held-out calibration text, None where the recipe used no text.
+        evaluation: the comparison on calibration text, held out where there is enough, None where the recipe used none.
         text: what the student wrote on its own.
     """
 
@@ -63,6 +65,8 @@ def compare_walks(
 ) -> Evaluation:
     """Compare what teacher and student predict from the hidden states behind their last blocks, on held-out windows.
 
+    Where none are held out, the last batch is what there is, and the evaluation's text says so.
+
     Args:
         ids: the calibration windows in batches, int64 [B, T], as they were walked.
     """
@@ -70,13 +74,15 @@ def compare_walks(
     floats, packed = _Outside(checkpoint, device), _Outside(checkpoint, device)
     pack_embeddings(packed.model, plan, recipe)
     tally = Tally(with_teacher=True)
-    first = min(first_held_out(len(ids), recipe.calibration.held_out), len(ids) - 1)
+    apart = first_held_out(len(ids), recipe.calibration.held_out)
+    first = min(apart, len(ids) - 1)
     windows = [(batch, row) for batch in range(first, len(ids)) for row in range(len(ids[batch]))]
     for batch, row in windows:
         own = ids[batch][row]
         expected, answer = floats.read(teacher, batch, row, own), packed.read(student, batch, row, own)
         tally.add(answer[:-1], expected[:-1], own[1:])
-    return tally.result("held-out calibration text", len(windows), ids[0].shape[1])
+    name = HELD_OUT if apart < len(ids) else FITTED
+    return tally.result(name, len(windows), ids[0].shape[1])
 
 
 class _Outside:

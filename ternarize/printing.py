@@ -101,8 +101,8 @@ def say_verdict(verdict: dict[str, Any], quietly: bool = False) -> None:
         typer.echo(f"\nTHIS MODEL HAS COLLAPSED and is of no use: {verdict['why']}", err=True)
         typer.echo(f"It writes: {verdict['text']!r}", err=True)
     elif not quietly:
-        measured = verdict["word"] != "not compared"
-        where = "Against its teacher, on held-out calibration text" if measured else "Not compared with its teacher"
+        measured = verdict["evaluation"]
+        where = f"Against its teacher, on {measured['text']}" if measured else "Not compared with its teacher"
         typer.echo(f"\n{where}: {verdict['why']}")
         typer.echo(f"It writes: {verdict['text']!r}")
     if collapsed:

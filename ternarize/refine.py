@@ -14,7 +14,7 @@ from ternarize.checkpoint import Checkpoint
 from ternarize.distill import distill, is_first, together
 from ternarize.evaluate import Evaluation, compare, load_any
 from ternarize.files import rewrite_tensors, write_text
-from ternarize.gate import judge
+from ternarize.gate import HELD_OUT, judge
 from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
@@ -79,7 +79,7 @@ def distill_folder(
     report = replace(report, linears=linears)
     report.run["distill"] = done.to_dict() | {"windows": len(ids), "sha256": fingerprint(ids)}
     held_out = ids[-min(len(ids), GATE_WINDOWS) :]
-    return report, compare(student, teacher, held_out, "held-out calibration text", progress)
+    return report, compare(student, teacher, held_out, HELD_OUT, progress)
 
 
 def distill_again(

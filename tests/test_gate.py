@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_recipe
 
-from ternarize import Recipe, conversion
+from ternarize import Recipe, conversion, gate
 from ternarize.conversion import convert
 from ternarize.evaluate import Evaluation, compare, load_any
 from ternarize.gate import judge
@@ -40,6 +40,19 @@ def test_the_walks_end_gives_the_same_figures_as_whole_models(
     assert found["tokens"] == found["windows"] * 63
     for key in ("perplexity", "teacher_perplexity", "kl"):
         assert found[key] == pytest.approx(whole[key], rel=0.02), key  # the walk may compute in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("calibration", "named"),
+    [({"samples": 64}, gate.HELD_OUT), ({"samples": 2}, gate.FITTED), ({"samples": 64, "held_out": 0.0}, gate.FITTED)],
+    ids=str,
+)
+def test_text_that_was_fitted_to_is_not_called_held_out(
+    calibration: dict[str, Any], named: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    report = convert(llama, tmp_path / "out", make_recipe(text, calibration=calibration), progress=QUIET)
+    assert report.run["verdict"]["evaluation"]["text"] == named
+    assert named in (tmp_path / "out" / "README.md").read_text()
 
 
 class Parrot:
