@@ -93,7 +93,7 @@ def distill(
         TernarizeError: too few windows for one step beside the held-out ones.
     """
     _, world = _place()
-    taught, measured = _set_apart(ids.to(next(teacher.parameters()).device), held_out)
+    taught, measured = set_apart(ids.to(next(teacher.parameters()).device), held_out)
     if len(taught) < settings.batch * world:
         raise TernarizeError(
             f"{len(ids)} windows leave {len(taught)} to learn from, fewer than one step of {settings.batch} for each "
@@ -163,7 +163,7 @@ def _teach(
     return run
 
 
-def _set_apart(ids: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def set_apart(ids: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """The windows that are learnt from, and those that decide: the last `share`, at least one, at most 16."""
     apart = min(max(1, math.ceil(share * len(ids))), HELD_OUT_WINDOWS)
     return ids[:-apart], ids[-apart:]

@@ -11,7 +11,7 @@ from ternarize import hub
 from ternarize.architecture import find_blocks
 from ternarize.calibration import autocast_enabled
 from ternarize.checkpoint import Checkpoint
-from ternarize.distill import distill, is_first, together
+from ternarize.distill import distill, is_first, set_apart, together
 from ternarize.evaluate import Evaluation, compare, load_any
 from ternarize.files import rewrite_tensors, write_text
 from ternarize.gate import HELD_OUT, judge
@@ -24,7 +24,7 @@ from ternarize.sources import resolve
 from ternarize.text import calibration_windows, fingerprint, load_tokenizer
 from ternarize.workspace import Workspace, arguments
 
-GATE_WINDOWS = 8  # on which a distilled student is compared with its teacher
+GATE_WINDOWS = 8  # at most, on which a distilled student is compared with its teacher
 
 
 def distill_folder(
@@ -78,8 +78,8 @@ def distill_folder(
     linears = [replace(entry, zero_share=modules[entry.name].to_tensor().zero_share) for entry in report.linears]
     report = replace(report, linears=linears)
     report.run["distill"] = done.to_dict() | {"windows": len(ids), "sha256": fingerprint(ids)}
-    held_out = ids[-min(len(ids), GATE_WINDOWS) :]
-    return report, compare(student, teacher, held_out, HELD_OUT, progress)
+    _, held_out = set_apart(ids, wanted.held_out)
+    return report, compare(student, teacher, held_out[-GATE_WINDOWS:], HELD_OUT, progress)
 
 
 def distill_again(

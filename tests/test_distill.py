@@ -24,6 +24,7 @@ from ternarize.conversion import convert
 from ternarize.distill import distill
 from ternarize.errors import StoppedError, TernarizeError
 from ternarize.evaluate import load_any
+from ternarize.gate import HELD_OUT
 from ternarize.lesson import Lesson, Reader, divergence, note_bytes
 from ternarize.progress import Progress
 from ternarize.recipe import Distillation
@@ -298,6 +299,17 @@ def test_a_finished_folder_can_be_distilled(ternary: Path, llama: Path, tmp_path
     assert Recipe.load(tmp_path / "out" / "recipe.yaml").distill.epochs == 1
     assert Report.read(tmp_path / "out").run["distill"]["steps"] == report.run["distill"]["steps"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(("samples", "measured"), [(16, 2), (80, 8)])
+def test_what_was_learnt_from_is_not_called_held_out(
+    samples: int, measured: int, ternary: Path, llama: Path, tmp_path: Path
+) -> None:
+    settings = [*SETTINGS, f"distill.samples={samples}", "calibration.held_out=0.125"]
+    report = distill_again(ternary, llama, tmp_path / "out", settings, progress=QUIET)
+    assert report is not None
+    evaluation = report.run["verdict"]["evaluation"]
+    assert (evaluation["text"], evaluation["windows"]) == (HELD_OUT, measured)
 
 
 def test_two_processes_under_torchrun_share_the_work(ternary: Path, llama: Path, tmp_path: Path) -> None:
