@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ternarize import hub
-from ternarize.calibration import check_ids
+from ternarize.calibration import check_ids, row_slices
 from ternarize.checkpoint import Checkpoint
 from ternarize.errors import TernarizeError
 from ternarize.progress import Progress, quiet_transformers
@@ -26,7 +26,6 @@ from ternarize.quantizer import load_model, quant_method
 from ternarize.report import REPORT_FILE, Report
 from ternarize.text import draw, evaluation_windows, load_tokenizer, read_whole, self_windows, split_source
 
-LOGIT_CHUNK = 512  # tokens whose float32 distributions are alive at a time
 HELD_OUT_SEED = 1_000_003  # for the model's own text, so that it is not the calibration's
 
 
@@ -89,9 +88,9 @@ class Tally:
         self.nll = self.teacher_nll = self.kl = self.same = 0.0
 
     def add(self, student: Tensor, teacher: Tensor | None, target: Tensor) -> None:
-        """Take in the logits [N, V] of one window, and the tokens int64 [N] that they should predict."""
+        """Take in logits [N, V], and the tokens int64 [N] that they should predict."""
         self.tokens += len(target)
-        for part in torch.arange(len(target), device=target.device).split(LOGIT_CHUNK):
+        for part in row_slices(student):
             log_q = student[part].float().log_softmax(-1)
             self.nll -= float(log_q.gather(1, target[part, None]).sum())
             if teacher is not None:

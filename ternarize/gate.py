@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ternarize.architecture import find_blocks
 from ternarize.block import pack_embeddings
-from ternarize.calibration import Walk, finish_walk, first_held_out
+from ternarize.calibration import PIECE_TOKENS, Walk, finish_walk, first_held_out
 from ternarize.checkpoint import Checkpoint, place
 from ternarize.evaluate import Evaluation, Tally
 from ternarize.plan import Plan
@@ -79,8 +79,11 @@ def compare_walks(
     windows = [(batch, row) for batch in range(first, len(ids)) for row in range(len(ids[batch]))]
     for batch, row in windows:
         own = ids[batch][row]
-        expected, answer = floats.read(teacher, batch, row, own), packed.read(student, batch, row, own)
-        tally.add(answer[:-1], expected[:-1], own[1:])
+        for places in torch.arange(len(own) - 1, device=own.device).split(PIECE_TOKENS):
+            expected, answer = (
+                outside.read(walk, batch, row, places, own) for outside, walk in ((floats, teacher), (packed, student))
+            )
+            tally.add(answer, expected, own[places + 1])
     name = HELD_OUT if apart < len(ids) else FITTED
     return tally.result(name, len(windows), ids[0].shape[1])
 
@@ -94,10 +97,10 @@ class _Outside:
         checkpoint.load(self.model, "", exclude=f"{path}.")
         place(self.model, device)
 
-    def read(self, walk: Walk, batch: int, row: int, ids: Tensor) -> Tensor:
-        """Logits [T, V] of one window, int64 [T], from a walk behind the last block."""
-        hidden, tuples = walk.hidden[batch][row : row + 1], walk.calls[batch][-1].tuple_output
-        return finish_walk(self.model, self.blocks, hidden, ids[None], tuples)[0]
+    def read(self, walk: Walk, batch: int, row: int, places: Tensor, ids: Tensor) -> Tensor:
+        """Logits [P, V] at some places, int64 [P], of one window, int64 [T], from a walk behind the last block."""
+        hidden, tuples = walk.hidden[batch][row, places][None], walk.calls[batch][-1].tuple_output
+        return finish_walk(self.model, self.blocks, hidden, ids[places][None], tuples)[0]
 
 
 @torch.no_grad()

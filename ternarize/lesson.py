@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ternarize.calibration import PIECE_TOKENS, autocast, finish_walk
+from ternarize.calibration import PIECE_TOKENS, autocast, finish_walk, row_slices
 from ternarize.files import write_tensors
 from ternarize.tuning import off_loss
 
@@ -52,12 +52,16 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:  # type: ignore[override]
-        own, other = student.float(), teacher.float()
-        own, other = own - own.logsumexp(-1, keepdim=True), other - other.logsumexp(-1, keepdim=True)
-        likely = other.exp()
-        mean = (likely * (other - own)).sum() / len(own)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(own.exp_().sub_(likely).div_(len(own)).to(student.dtype))
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        mean = student.new_zeros((), dtype=torch.float32)
+        for part in row_slices(student):
+            own, other = student[part].float().log_softmax(-1), teacher[part].float().log_softmax(-1)
+            likely = other.exp()
+            mean += (likely * other.sub_(own)).sum() / len(student)
+            if gradient is not None:
+                gradient[part] = own.exp_().sub_(likely).div_(len(student))
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return mean
 
     @staticmethod

@@ -27,7 +27,7 @@ from ternarize.tensor import group_count
 from ternarize.text import split_source
 
 RANK_WINDOWS, RANK_LENGTH = 4, 256  # text that a budget ranks the linears on
-LOGITS = 24  # bytes for a logit that is learnt from: two distributions in float32, their gradients, and rounded ones
+LOGITS = 24  # bytes for a logit that is compared: two distributions in float32, and what is made of them
 FROZEN = 3  # bytes for a weight whose scale learns: its code, and what a scale's learning takes, over 32 weights
 KEPT = 5  # bytes for an input or output of a linear that learns: what a block keeps for its backward pass, all in all
 LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
@@ -239,14 +239,16 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     first = 4 * 2 * outside
     writing = 4 * weights * 1.1 if any(split_source(s)[0] == "self" for s in calibration.text) else 0
     tuning = LEARNING * recipe.tune.window * block if recipe.tune.epochs else 0
+    logits = LOGITS * PIECE_TOKENS * model.config.get_text_config().vocab_size
     ending = 0
     if ended := len(blocks) - recipe.tune.first_of_ending(len(blocks)):
-        logits = LOGITS * PIECE_TOKENS * model.config.get_text_config().vocab_size
         kept = max(BATCH_TOKENS, calibration.length) * sum(sum(linear_shape(module)) for _, module in inside)
         ending = ended * (FROZEN * block + KEPT * kept) + 4 * outside + 6 * activations + logits
     distilling = (LEARNING + 4) * weights if recipe.distill.epochs else 0
     ranking = 2 * 4 * weights if recipe.budget is not None else 0
-    return PYTHON_AND_TORCH + int(max(walking + 4 * block + tuning, ending, first, writing, distilling, ranking))
+    judging = 4 * (activations + 2 * outside) + logits
+    phases = (walking + 4 * block + tuning, ending, judging, first, writing, distilling, ranking)
+    return PYTHON_AND_TORCH + int(max(phases))
 
 
 def _seconds(

@@ -60,11 +60,17 @@ def test_the_divergence_is_kl_from_teacher_to_student() -> None:
     assert float(divergence(teacher, teacher)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [2**21, 33, 1], ids=["all rows", "three rows", "one row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_divergence_has_the_gradient_of_its_formula(dtype: torch.dtype) -> None:
+def test_the_divergence_has_the_gradient_of_its_formula(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ternarize.calibration.LOGITS_AT_ONCE", at_once)
     teacher, student = random(2, 5, 11).to(dtype), random(2, 5, 11, seed=1).to(dtype).requires_grad_()
     log_p, log_q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
-    (expected,) = torch.autograd.grad(3 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(), student)
+    mean = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    (expected,) = torch.autograd.grad(3 * mean, student)
+    assert float(divergence(teacher, student.detach())) == pytest.approx(float(mean.detach()), rel=1e-5)
     (found,) = torch.autograd.grad(3 * divergence(teacher, student), student)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
