@@ -1,17 +1,19 @@
 """ternarize: a Hugging Face checkpoint goes in, a ternary one comes out.
 
-Importing this package registers its loader with transformers, and lets OpenMP's threads sleep while they wait, where
-that can still be said.
+Importing this package registers its loader with transformers, and lets torch's threads sleep while they wait and its
+tensors lie in large pages, where that can still be said.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ternarize.process import sleeping_threads
+from ternarize.process import torch_settings
 
-with sleeping_threads():
-    import torch  # noqa: F401
+with torch_settings():
+    import torch
+
+    torch.empty(1)  # it looks when it first makes a tensor
 
 from ternarize.progress import Progress
 from ternarize.quantizer import TernarizeConfig, load

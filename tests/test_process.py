@@ -1,4 +1,6 @@
-"""A process that computes for minutes: its threads sleep while they wait, and freed memory is kept and given back."""
+"""A process that computes for minutes: its threads sleep while they wait, its tensors lie in large pages, and freed
+memory is kept and given back.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import sys
 
 import pytest
 
-from ternarize.process import WAIT_POLICY
+from ternarize.kernels.pages import SETTING
 
 SHOW = "import {first}, {second}, os; print('left', os.environ.get('OMP_WAIT_POLICY'))"
 
@@ -23,13 +25,37 @@ def test_threads_sleep_unless_somebody_said_otherwise(first: str, second: str, a
     """How often the threads of torch's libgomp, the first that is loaded, look before they sleep; and what is left of
     the setting for other programs.
     """
-    environment = {key: value for key, value in os.environ.items() if key != WAIT_POLICY}
-    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({WAIT_POLICY: asked} if asked else {})
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
     code = SHOW.format(first=first, second=second)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     spins = [int(line.split("'")[1]) for line in ran.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     assert (spins[0] == 0) == sleeps
     assert f"left {asked}" in ran.stdout
+
+
+PAGES = """
+import os, ternarize, torch
+from pathlib import Path
+made = torch.ones(16 << 20)  # 64 MiB
+print(Path("/proc/self/smaps_rollup").read_text().split("AnonHugePages:")[1].split()[0])
+print(os.environ.get("THP_MEM_ALLOC_ENABLE"))
+"""
+
+
+@pytest.mark.skipif(
+    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="large pages are there on Linux, where allowed"
+)
+@pytest.mark.parametrize(("asked", "large"), [(None, True), ("0", False)])
+def test_large_tensors_lie_in_large_pages_unless_somebody_said_otherwise(asked: str | None, large: bool) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {"THP_MEM_ALLOC_ENABLE": asked} if asked else {}
+    ran = subprocess.run(
+        [sys.executable, "-c", PAGES], capture_output=True, text=True, env=environment, timeout=120, check=True
+    )
+    kilobytes, left = ran.stdout.split()
+    assert (int(kilobytes) > 32 << 10) == large or "[always]" in SETTING.read_text()
+    assert left == str(asked)
 
 
 KEEPING = """
