@@ -169,8 +169,8 @@ class Checkpoint:
             if parameter.is_meta:
                 raise TernarizeError(f"{name}: not in the files of {self.folder}; the checkpoint is incomplete.")
             parameter.requires_grad_(False)
-            if not bool(torch.isfinite(parameter).all()):
-                bad = int((~torch.isfinite(parameter)).sum())
+            # the sum first, which takes no memory: it is finite unless a weight is not, or weights are huge
+            if not bool(torch.isfinite(parameter.sum())) and (bad := int((~torch.isfinite(parameter)).sum())):
                 raise TernarizeError(
                     f"{name}: {bad} of {parameter.numel()} weights are NaN or infinite. "
                     "The checkpoint is damaged; download it again or ask its author."

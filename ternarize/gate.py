@@ -71,8 +71,9 @@ def compare_walks(
         ids: the calibration windows in batches, int64 [B, T], as they were walked.
     """
     device = str(ids[0].device)
-    floats, packed = _Outside(checkpoint, device), _Outside(checkpoint, device)
+    packed = _Outside(checkpoint, device)
     pack_embeddings(packed.model, plan, recipe)
+    floats = _Outside(checkpoint, device)  # after it: no two float embeddings are held together
     tally = Tally(with_teacher=True)
     apart = first_held_out(len(ids), recipe.calibration.held_out)
     first = min(apart, len(ids) - 1)
