@@ -27,8 +27,6 @@ from ternarize.solver import LinearStatistics
 from ternarize.text import load_tokenizer, random_windows
 
 BATCH_TOKENS = 1024
-PIECE_TOKENS = 128  # whose logits are in memory at once, where they are learnt from or compared
-LOGITS_AT_ONCE = 2**21  # that are made into distributions: float32 in pieces small enough that their memory is kept
 GRAM_COLUMNS = 1024  # side of the blocks in which a symmetric sum is computed
 
 
@@ -221,13 +219,6 @@ def finish_walk(model: nn.Module, blocks: nn.ModuleList, hidden: Tensor, ids: Te
     finally:
         for block in blocks:
             del block.forward
-
-
-def row_slices(logits: Tensor) -> Iterator[slice]:
-    """Slices of the rows of logits [N, V], `LOGITS_AT_ONCE` of them in each, or a row."""
-    count, vocabulary = logits.shape
-    step = max(1, LOGITS_AT_ONCE // vocabulary)
-    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def check_ids(model: nn.Module, ids: Tensor) -> None:

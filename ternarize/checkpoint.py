@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -169,12 +169,22 @@ class Checkpoint:
             if parameter.is_meta:
                 raise TernarizeError(f"{name}: not in the files of {self.folder}; the checkpoint is incomplete.")
             parameter.requires_grad_(False)
-            # the sum first, which takes no memory: it is finite unless a weight is not, or weights are huge
-            if not bool(torch.isfinite(parameter.sum())) and (bad := int((~torch.isfinite(parameter)).sum())):
-                raise TernarizeError(
-                    f"{name}: {bad} of {parameter.numel()} weights are NaN or infinite. "
-                    "The checkpoint is damaged; download it again or ask its author."
-                )
+            check_finite(name, parameter)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse a weight that is damaged.
+
+    Its sum is looked at first, which takes no memory: it is finite unless a value is not, or values are huge.
+
+    Raises:
+        TernarizeError: it has NaN or infinite values.
+    """
+    if not bool(torch.isfinite(weight.sum())) and (bad := int((~torch.isfinite(weight)).sum())):
+        raise TernarizeError(
+            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. "
+            "The checkpoint is damaged; download it again or ask its author."
+        )
 
 
 def make_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ternarize import hub
-from ternarize.calibration import check_ids, row_slices
+from ternarize.calibration import check_ids
 from ternarize.checkpoint import Checkpoint
 from ternarize.errors import TernarizeError
+from ternarize.lesson import row_slices
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.quantizer import load_model, quant_method
 from ternarize.report import REPORT_FILE, Report

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from ternarize.architecture import find_blocks
 from ternarize.block import pack_embeddings
-from ternarize.calibration import PIECE_TOKENS, Walk, finish_walk, first_held_out
+from ternarize.calibration import Walk, finish_walk, first_held_out
 from ternarize.checkpoint import Checkpoint, place
 from ternarize.evaluate import Evaluation, Tally
+from ternarize.lesson import PIECE_TOKENS
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
 

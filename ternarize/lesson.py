@@ -16,7 +16,7 @@ Shapes: B windows, T tokens, P tokens of a piece, V vocabulary, H hidden, D dept
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ternarize.calibration import PIECE_TOKENS, autocast, finish_walk, row_slices
+from ternarize.calibration import autocast, finish_walk
 from ternarize.files import write_tensors
 from ternarize.tuning import off_loss
+
+PIECE_TOKENS = 128  # whose logits are in memory at once, where they are learnt from or compared
+LOGITS_AT_ONCE = 2**21  # that are made into distributions: float32 in pieces small enough that their memory is kept
 
 
 def divergence(teacher: Tensor, student: Tensor, top: int = 0) -> Tensor:
@@ -68,6 +71,13 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None
+
+
+def row_slices(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows of logits [N, V], `LOGITS_AT_ONCE` of them in each, or a row."""
+    count, vocabulary = logits.shape
+    step = max(1, LOGITS_AT_ONCE // vocabulary)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _top_divergence(teacher: Tensor, student: Tensor, top: int) -> Tensor:

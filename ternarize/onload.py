@@ -19,6 +19,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
 from ternarize.architecture import UnfusedExperts
+from ternarize.checkpoint import check_finite
 from ternarize.choice import choose, embedding_multiplier, find_embeddings, make_layout
 from ternarize.errors import TernarizeError
 from ternarize.format import Layout, Table
@@ -138,11 +139,7 @@ class PackOnLoad(ConversionOps):  # type: ignore[misc]
             )
 
     def _pack(self, model: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
-        if not bool(torch.isfinite(value).all()):
-            raise TernarizeError(
-                f"{name}: {int((~torch.isfinite(value)).sum())} of {value.numel()} weights are NaN or infinite. "
-                "The checkpoint is damaged; download it again or ask its author."
-            )
+        check_finite(name, value)
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
         if not isinstance(module, UnfusedExperts):

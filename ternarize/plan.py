@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ternarize.architecture import find_blocks, linear_shape, linears
-from ternarize.calibration import BATCH_TOKENS, PIECE_TOKENS
+from ternarize.calibration import BATCH_TOKENS
 from ternarize.checkpoint import Checkpoint, tied_parameters
 from ternarize.choice import Choice, choose, find_embeddings
 from ternarize.errors import TernarizeError
+from ternarize.lesson import PIECE_TOKENS
 from ternarize.packing import level_row_bytes, packed_columns, table_row_bytes
 from ternarize.progress import size
 from ternarize.recipe import Recipe

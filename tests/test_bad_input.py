@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import ternarize
 from ternarize import Recipe
+from ternarize.checkpoint import check_finite
 from ternarize.cli import run
 from ternarize.conversion import convert
 from ternarize.errors import FormatError, TernarizeError, UnsupportedModelError
@@ -259,6 +260,15 @@ def test_weights_that_are_not_finite(value: float, name: str, refused: Callable[
     edit_tensors(source, lambda tensors: tensors[name].flatten()[5:7].fill_(value))
     count = 56 * 32 if name.startswith(UP) else 32 if "norm" in name else 64 * 32
     refused(source, rf"{name}: 2 of {count} weights are NaN or infinite")
+
+
+def test_finite_weights_whose_sum_is_not_are_left_alone() -> None:
+    huge = torch.full((8, 8), 3e38)
+    assert torch.isinf(huge.sum())
+    check_finite("huge", huge)
+    huge[2, 3:5] = float("nan")
+    with pytest.raises(TernarizeError, match="huge: 2 of 64 weights are NaN or infinite"):
+        check_finite("huge", huge)
 
 
 @pytest.mark.parametrize("name", [f"{UP}.weight", "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])

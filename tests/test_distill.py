@@ -65,7 +65,7 @@ def test_the_divergence_is_kl_from_teacher_to_student() -> None:
 def test_the_divergence_has_the_gradient_of_its_formula(
     dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ternarize.calibration.LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("ternarize.lesson.LOGITS_AT_ONCE", at_once)
     teacher, student = random(2, 5, 11).to(dtype), random(2, 5, 11, seed=1).to(dtype).requires_grad_()
     log_p, log_q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
     mean = (log_p.exp() * (log_p - log_q)).sum(-1).mean()

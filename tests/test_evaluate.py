@@ -14,8 +14,8 @@ from tokenizers import processors
 from torch import Tensor
 
 import ternarize
-from ternarize import calibration
 from ternarize import evaluate as module
+from ternarize import lesson
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import Evaluation, compare, evaluate
 from ternarize.files import find_shards
@@ -88,7 +88,7 @@ def test_model_against_itself_has_no_distance(ids: Tensor) -> None:
 def test_result_does_not_depend_on_the_chunks(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = make_model("llama", seed=1), make_model("llama", seed=2)
     whole = compare(student, teacher, ids, "text", QUIET)
-    monkeypatch.setattr(calibration, "LOGITS_AT_ONCE", 3 * student.config.vocab_size)
+    monkeypatch.setattr(lesson, "LOGITS_AT_ONCE", 3 * student.config.vocab_size)
     chunked = compare(student, teacher, ids, "text", QUIET)
     for name in ("perplexity", "teacher_perplexity", "kl", "agreement"):
         assert getattr(chunked, name) == pytest.approx(getattr(whole, name), rel=1e-6)
