@@ -18,7 +18,6 @@ same to the last bit on the same machine.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,16 +128,16 @@ class Job:
 def carry_out(job: Job, budget: float | None = None, command: str | None = None) -> Report:
     """Convert an opened checkpoint into a workspace's output; arguments, result and errors are those of `convert`."""
     recipe, work = job.recipe, job.work
-    check_room(job.plan, work.output)
+    check_room(job.plan.disk_bytes - work.held_bytes(), work.output)
     with work.stoppable(job.plan.peak_memory), kept_memory():
         work.open(arguments(job.checkpoint, recipe, job.device))
         report, evaluation, ids = _convert(job)
-        left = None if budget is None else budget - (time.monotonic() - work.started)
-        if recipe.distill.epochs and left is not None and left < LEAST_TIME:
+        left = None if budget is None or not recipe.distill.epochs else budget - work.fitted()
+        if left is not None and left < LEAST_TIME and not work.distillation.exists():
             job.progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
         elif recipe.distill.epochs:
             report, evaluation = distill_folder(
-                work.final, job.checkpoint, report, recipe, work.distillation, job.progress, job.device, left
+                work.final, job.checkpoint, report, recipe, work, job.progress, job.device, left
             )
         student = load_any(work.final, job.device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()

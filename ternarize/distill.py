@@ -86,7 +86,8 @@ def distill(
         teacher: the float model.
         path: of the list of decoder layers.
         ids: int64 [B, T], the text; the last share `held_out` of the windows (16 at most) decides, unlearnt from.
-        state: file in which an interrupted run is continued; removed at the end.
+        state: file in which an interrupted run is continued. A finished one leaves it: who calls again gets the same
+            student without a step, until the caller, once that is safe, removes it.
         budget: seconds after which the run ends, whatever is left; learning rates fall towards that moment.
 
     Raises:
@@ -109,10 +110,8 @@ def distill(
     for block in student.get_submodule(path).children():
         make_ternary(block)
     together()
-    if is_first():
-        state.unlink(missing_ok=True)
-        if notes:
-            shutil.rmtree(notes)
+    if is_first() and notes:
+        shutil.rmtree(notes)
     tokens = run.step * settings.batch * world * taught.shape[1]
     return Distilled(run.curve[0][1], run.best, run.step, tokens, run.seconds, run.curve)
 
@@ -142,7 +141,7 @@ def _teach(
     started = time.monotonic() - run.seconds
     with progress.bar("distilling", total=steps, unit="step") as bar:
         bar.update(run.step)
-        while run.step < steps:
+        while run.step < steps and not run.finished:
             share = run.step / steps
             if budget is not None:
                 share = max(share, _agree((time.monotonic() - started) / max(budget - 1.5 * run.check_seconds, 1.0)))
@@ -156,10 +155,10 @@ def _teach(
             if run.step % settings.check == 0:
                 run.check(tokens_a_step, state if rank == 0 else None)
                 run.seconds = time.monotonic() - started
-    if run.step % settings.check:
+    if run.curve[-1][0] < run.step * tokens_a_step:
         run.check(tokens_a_step, None)
         run.seconds = time.monotonic() - started
-    run.restore_best()
+    run.finish(state if rank == 0 else None)
     return run
 
 
@@ -222,6 +221,7 @@ class _Run:
         self.optimizer = make_optimizer(self.learning, settings)
         self.step = self.since_best = 0
         self.seconds = self.check_seconds = 0.0
+        self.finished = False
         self.best = math.inf
         self.best_values: dict[str, Tensor] = {}
         self.curve: list[tuple[int, float]] = []
@@ -259,16 +259,23 @@ class _Run:
             self._write(state)
         self.check_seconds = time.monotonic() - started
 
-    def restore_best(self) -> None:
-        """Give the modules the values of the best check."""
+    def finish(self, state: Path | None) -> None:
+        """Give the modules the values of the best check; in `state` nothing else is left."""
         restore(self.learning, self.best_values)
+        if state is not None and not self.finished:
+            write_tensors(state, self._best_tensors())
+        self.finished = True
+
+    def _best_tensors(self) -> dict[str, Tensor]:
+        numbers = [self.step, self.since_best, self.seconds, self.best, *(v for point in self.curve for v in point)]
+        best = {f"best/{name}": value for name, value in self.best_values.items()}
+        return {"numbers": torch.tensor(numbers, dtype=torch.float64)} | best
 
     def _write(self, state: Path) -> None:
-        numbers = [self.step, self.since_best, self.seconds, self.best, *(v for point in self.curve for v in point)]
-        tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+        tensors = self._best_tensors()
         for name, parameter in self.learning.items():
             moments = self.optimizer.state[parameter]
-            tensors |= {f"now/{name}": parameter.detach(), f"best/{name}": self.best_values[name]}
+            tensors[f"now/{name}"] = parameter.detach()
             tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq", "step") if key in moments}
         write_tensors(state, tensors)
 
@@ -278,12 +285,13 @@ class _Run:
             step, since_best, self.seconds, self.best, *curve = file.get_tensor("numbers").tolist()
             self.step, self.since_best = int(step), int(since_best)
             self.curve = [(int(tokens), kl) for tokens, kl in zip(curve[::2], curve[1::2], strict=True)]
-            for name, parameter in self.learning.items():
+            self.best_values = {name: file.get_tensor(f"best/{name}") for name in self.learning}
+            self.finished = not any(key.startswith("now/") for key in keys)
+            for name, parameter in self.learning.items() if not self.finished else ():
                 parameter.copy_(file.get_tensor(f"now/{name}"))
-                self.best_values[name] = file.get_tensor(f"best/{name}")
                 moments = {key: f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq", "step")}
                 self.optimizer.state[parameter] = {
-                    key: file.get_tensor(stored).to("cpu" if key == "step" else parameter.device)
+                    key: file.get_tensor(stored).to(parameter.device)  # `step` too: the optimizer is a fused one
                     for key, stored in moments.items()
                     if stored in keys
                 }

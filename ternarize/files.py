@@ -84,7 +84,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         StoppedError: the disk is full; nothing that was there is lost.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask allows; safetensors leaves files to their owner only
@@ -114,7 +114,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StoppedError: the disk is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         _sync_and_rename(temporary, path)
@@ -158,6 +158,11 @@ def _copy_matching(source: Path, target: Path, patterns: tuple[str, ...]) -> Non
         for file in source.glob(pattern):
             if file.is_file():
                 copy_file(file, target / file.name)
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it is whole; a name of this process, as another may write the same file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def _sync_and_rename(temporary: Path, path: Path) -> None:

@@ -5,6 +5,7 @@ What becomes ternary, what stays float and why, the bytes that will be written, 
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -63,6 +64,7 @@ class Plan:
         weights: number of weights in the model, shared ones once.
         source_bytes, output_bytes: of the weight files.
         peak_memory: estimate, bytes.
+        disk_bytes: in OUT.partial at its fullest, estimate.
         seconds: estimate for this machine, without writing text of its own.
         writes_text: whether the model writes its own calibration text first.
     """
@@ -77,6 +79,7 @@ class Plan:
     source_bytes: int
     output_bytes: int
     peak_memory: int
+    disk_bytes: int
     seconds: float
     writes_text: bool
     group_size: int | None
@@ -120,6 +123,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         source_bytes=checkpoint.bytes,
         output_bytes=output,
         peak_memory=memory,
+        disk_bytes=_disk_bytes(output, len(blocks), ternary, recipe),
         seconds=_seconds(model, blocks, recipe, ternary),
         writes_text=any(split_source(source)[0] == "self" for source in recipe.calibration.text),
         group_size=recipe.group_size,
@@ -284,19 +288,31 @@ def _matmul_rate() -> float:
     return count * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)
 
 
-def check_room(plan: Plan, folder: Path) -> None:
-    """Refuse a conversion whose output does not fit on the disk, before anything is computed.
+def _disk_bytes(output: int, blocks: int, ternary: dict[str, tuple[int, int]], recipe: Recipe) -> int:
+    """Blocks, those of them that learnt together, the folder made of them, and what a distillation goes on from."""
+    ended = 1 - recipe.tune.first_of_ending(blocks) / blocks
+    return int((2 + ended) * output) + distillation_bytes(ternary, recipe)
+
+
+def distillation_bytes(ternary: dict[str, tuple[int, int]], recipe: Recipe) -> int:
+    """What a distillation keeps on the disk to go on from, at most: four floats for all that learns, old beside new."""
+    if not recipe.distill.epochs:
+        return 0
+    codes = sum(o * i for o, i in ternary.values()) if recipe.distill.codes == "latent" else 0
+    groups = sum(o * group_count(i, recipe.group_size or i) for o, i in ternary.values())
+    return 2 * 4 * 4 * (codes + (2 if recipe.grid == "dlt" else 1) * groups)
+
+
+def check_room(needed: int, folder: Path) -> None:
+    """Refuse work that does not fit on the disk, before anything is computed.
 
     Raises:
         TernarizeError: with both figures.
     """
-    import shutil
-
     parent = next(p for p in [folder, *folder.resolve().parents] if p.exists())
     free = shutil.disk_usage(parent).free
-    needed = 2 * plan.output_bytes  # blocks and the folder made of them stand side by side at the end
     if free < needed:
         raise TernarizeError(
-            f"{parent} has {size(free)} free, but the conversion needs about {size(needed)}. "
+            f"{parent} has {size(free)} free, but this needs about {size(needed)} more at its fullest. "
             "Make room, or choose another --output."
         )

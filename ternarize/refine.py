@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ternarize import hub
 from ternarize.architecture import find_blocks
@@ -13,8 +15,9 @@ from ternarize.calibration import autocast_enabled
 from ternarize.checkpoint import Checkpoint
 from ternarize.distill import distill, is_first, set_apart, together
 from ternarize.evaluate import Evaluation, compare, load_any
-from ternarize.files import rewrite_tensors, write_text
+from ternarize.files import rewrite_tensors, write_tensors, write_text
 from ternarize.gate import HELD_OUT, judge
+from ternarize.plan import check_room, distillation_bytes
 from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
@@ -32,7 +35,7 @@ def distill_folder(
     checkpoint: Checkpoint,
     report: Report,
     recipe: Recipe,
-    state: Path,
+    work: Workspace,
     progress: Progress,
     device: str = "cpu",
     budget: float | None = None,
@@ -44,7 +47,8 @@ def distill_folder(
         checkpoint: the source.
         report: of the folder so far.
         recipe: its `distill` and `calibration` say how, and on what text.
-        state, budget: as in `distill.distill`.
+        work: where the text that is learnt from and the state of the distillation are kept.
+        budget: as in `distill.distill`.
 
     Returns:
         The report with the codes' new figures, whose `run` tells how the distillation went; and a comparison with the
@@ -54,15 +58,7 @@ def distill_folder(
         TernarizeError: as `distill.distill`.
     """
     wanted = recipe.calibration
-    ids = calibration_windows(
-        wanted.text,
-        checkpoint.folder,
-        recipe.distill.samples,
-        wanted.length,
-        wanted.seed + 1,
-        progress,
-        checkpoint.model,
-    )
+    ids = _lesson_ids(work, checkpoint, recipe, progress)
     teacher = checkpoint.skeleton()
     checkpoint.load(teacher, "")
     if autocast_enabled(torch.device(device)):
@@ -70,16 +66,34 @@ def distill_folder(
     teacher.to(device)  # type: ignore[arg-type]
     student = load_any(folder, device, torch.float32)
     path, _ = find_blocks(teacher)
-    done = distill(student, teacher, path, ids, recipe.distill, wanted.held_out, state, progress, budget)
+    done = distill(student, teacher, path, ids, recipe.distill, wanted.held_out, work.distillation, progress, budget)
     modules = {name: m for name, m in student.named_modules() if isinstance(m, TernaryLinear)}
     if is_first():
-        tensors = {f"{name}.{key}": t.cpu() for name, m in modules.items() for key, t in m.state_dict().items()}
+        tensors = {f"{name}.{key}": t.cpu() for name, m in modules.items() for key, t in m.named_buffers()}
         rewrite_tensors(folder, tensors)
     linears = [replace(entry, zero_share=modules[entry.name].to_tensor().zero_share) for entry in report.linears]
     report = replace(report, linears=linears)
     report.run["distill"] = done.to_dict() | {"windows": len(ids), "sha256": fingerprint(ids)}
     _, held_out = set_apart(ids, wanted.held_out)
     return report, compare(student, teacher, held_out[-GATE_WINDOWS:], HELD_OUT, progress)
+
+
+def _lesson_ids(work: Workspace, checkpoint: Checkpoint, recipe: Recipe, progress: Progress) -> Tensor:
+    """The windows of a distillation, int64 [B, T]; fixed by the first process of the first run, for all to see."""
+    wanted = recipe.calibration
+    if is_first() and not work.lesson.exists():
+        ids = calibration_windows(
+            wanted.text,
+            checkpoint.folder,
+            recipe.distill.samples,
+            wanted.length,
+            wanted.seed + 1,
+            progress,
+            checkpoint.model,
+        )
+        write_tensors(work.lesson, {"ids": ids})
+    together()
+    return load_file(work.lesson)["ids"]
 
 
 def distill_again(
@@ -123,6 +137,8 @@ def distill_again(
     work = Workspace(Path(output), resume, force)
     for held in (checkpoint.folder, folder):
         work.refuse_inside(held)
+    shapes = {entry.name: entry.shape for entry in report.linears}
+    check_room(report.output_bytes + distillation_bytes(shapes, recipe) - work.held_bytes(), work.output)
     first = is_first()
     together()  # all have looked at the output before the first writes there
     if first:
@@ -130,9 +146,7 @@ def distill_again(
         work.copy_final(folder)
     together()
     with work.stoppable(), kept_memory():
-        report, evaluation = distill_folder(
-            work.final, checkpoint, report, recipe, work.distillation, progress, device, budget
-        )
+        report, evaluation = distill_folder(work.final, checkpoint, report, recipe, work, progress, device, budget)
     together()
     if not first:
         return None

@@ -76,7 +76,9 @@ class TrainableTernary(nn.Module):
         self.down = self.up = None
         if settings.codes == "low-rank":
             rank = min(settings.rank, *latent.shape)
-            self.down = nn.Parameter(torch.randn(rank, self.in_features, device=latent.device) / math.sqrt(rank))
+            same = torch.Generator().manual_seed(0)  # in every process, and in a run that goes on
+            down = torch.randn(rank, self.in_features, generator=same) / math.sqrt(rank)
+            self.down = nn.Parameter(down.to(latent.device))
             self.up = nn.Parameter(torch.zeros(self.out_features, rank, device=latent.device))
         self.with_shift = with_shift
 

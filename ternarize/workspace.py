@@ -8,7 +8,9 @@
       outside.safetensors      what lies outside the blocks
       block-00000.safetensors  one part per finished block; its .json is written after it and makes it count
       ending.safetensors       the blocks that learnt once more, together; takes the place of their own parts
-      distill.safetensors      a distillation under way
+      fitted.json              seconds that it took up to here, where a distillation follows
+      lesson.safetensors       the token ids of the distillation, fixed by its first run
+      distill.safetensors      a distillation under way, or what came of it
       teacher/                 what the teacher said, where a distillation sees its text again
       final/                   the finished folder, renamed to OUT
 
@@ -127,9 +129,13 @@ class Workspace:
         self.folder.mkdir(parents=True)
         write_text(state, json.dumps(arguments, indent=1))
 
+    def held_bytes(self) -> int:
+        """Bytes on the disk of an interrupted run, which this one goes on from, or removes."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     def close(self) -> None:
-        """After bad input: leave nothing behind of a run that was begun here and finished no block."""
-        if self.fresh and not list(self.folder.glob("block-*.json")):
+        """After bad input: leave nothing behind of a run that was begun here and finished no block and no check."""
+        if self.fresh and not list(self.folder.glob("block-*.json")) and not self.distillation.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -141,6 +147,11 @@ class Workspace:
     def group_sizes(self) -> Path:
         """Where the group sizes that a budget led to are kept."""
         return self.folder / "group_sizes.json"
+
+    @property
+    def lesson(self) -> Path:
+        """Where the token ids of a distillation are kept."""
+        return self.folder / "lesson.safetensors"
 
     @property
     def distillation(self) -> Path:
@@ -155,6 +166,14 @@ class Workspace:
     def spent(self) -> float:
         """Seconds of this run and of those that it goes on from, as far as they got to write it down."""
         return self.earlier + time.monotonic() - self.started
+
+    def fitted(self) -> float:
+        """Seconds until a distillation could begin, of the run that got so far first."""
+        kept = self.folder / "fitted.json"
+        if not kept.exists():
+            write_text(kept, json.dumps(self.spent()))
+        seconds: float = json.loads(kept.read_text(encoding="utf-8"))
+        return seconds
 
     @staticmethod
     def block(index: int) -> str:
@@ -250,7 +269,9 @@ def _is_ours(path: Path) -> bool:
     """Whether a conversion may have put this into OUT.partial."""
     return (
         re.fullmatch(
-            r"((state|group_sizes|seconds)\.json|(calibration|distill|outside|ending|block-\d{5})\.(safetensors|json))(\.tmp)?|final|replaced|teacher",
+            r"((state|group_sizes|seconds|fitted)\.json"
+            r"|(calibration|lesson|distill|outside|ending|block-\d{5})\.(safetensors|json))(\.\d+\.tmp)?"
+            r"|final|replaced|teacher",
             path.name,
         )
         is not None

@@ -466,7 +466,7 @@ def test_disk_too_small_is_refused_before_anything_is_computed(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9 - 10_000, 10_000))
-    with pytest.raises(TernarizeError, match=r"has 10\.0 kB free, but the conversion needs about .* kB"):
+    with pytest.raises(TernarizeError, match=r"has 10\.0 kB free, but this needs about .* kB more"):
         convert(llama, tmp_path / "out", recipe, progress=QUIET)
     assert list(tmp_path.iterdir()) == []
 

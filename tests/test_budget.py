@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCABULARY, contents, logits, make_model, make_recipe, read_config
+from tiny import (
+    VOCABULARY,
+    contents,
+    copy_folder,
+    edit_tensors,
+    logits,
+    make_model,
+    make_recipe,
+    random_ternary,
+    read_config,
+)
+from torch import Tensor
 
 from ternarize.architecture import linear_weight
 from ternarize.budget import Choice, allocate, group_sizes, rank
@@ -89,7 +100,7 @@ def test_a_conversion_keeps_its_budget_and_loads(
     assert report.bits_per_ternary_weight <= budget
     layout = read_config(tmp_path / "out")["quantization_config"]
     assert layout["format_version"] == 2
-    assert len(set(layout["group_sizes"].values())) >= 1
+    assert layout["group_sizes"]
     student = load_any(tmp_path / "out", "cpu", torch.float32)
     for entry in report.linears:
         expected = min(layout["group_sizes"].get(entry.name, 40), entry.shape[1])
@@ -104,6 +115,21 @@ def test_more_budget_is_less_error(llama: Path, text: Path, tmp_path: Path) -> N
         for b in (2.5, 3.0)
     ]
     assert errors[1] < errors[0]
+
+
+def test_what_is_ternary_already_or_nothing_can_be_in_a_budget(llama: Path, text: Path, tmp_path: Path) -> None:
+    name, other = (f"model.layers.0.{which}_proj" for which in ("self_attn.o", "mlp.up"))
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{name}.weight"].zero_()
+        tensors[f"{other}.weight"].copy_(random_ternary(56, 32, 20).dequantize())
+
+    source = edit_tensors(copy_folder(llama, tmp_path / "source"), change)
+    report = convert(source, tmp_path / "out", make_recipe(text, budget=2.7, group_size=20), progress=QUIET)
+    assert report.bits_per_ternary_weight <= 2.7
+    sizes = read_config(tmp_path / "out")["quantization_config"]["group_sizes"]
+    assert sizes[name] == max(sizes.values())  # what is nothing is given nothing
+    assert sizes.get(other, 20) <= 20  # and what its groups hold is not lost to coarser ones
 
 
 def test_a_budget_of_its_own_is_fixed_by_the_first_run(

@@ -24,6 +24,7 @@ from ternarize import Recipe, conversion, files, workspace
 from ternarize.checkpoint import Checkpoint
 from ternarize.conversion import convert
 from ternarize.errors import StoppedError, TernarizeError
+from ternarize.files import write_tensors, write_text
 from ternarize.progress import Progress
 from ternarize.report import Report
 
@@ -408,6 +409,24 @@ def full_disk(write: int, patch: pytest.MonkeyPatch, error: Exception) -> None:
         original(*arguments, **keywords)
 
     patch.setattr(files, "save_file", save_file)
+
+
+@pytest.mark.parametrize("write", [write_text, write_tensors])
+def test_two_processes_may_write_one_file(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one does so where this one has written all and not yet renamed it."""
+    value: Any = "whole" if write is write_text else {"a": torch.ones(3)}
+    original = files._sync_and_rename
+
+    def meanwhile(temporary: Path, path: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_sync_and_rename", original)
+            patch.setattr(os, "getpid", lambda: -1)
+            write(path, value)
+        original(temporary, path)
+
+    monkeypatch.setattr(files, "_sync_and_rename", meanwhile)
+    write(tmp_path / "file", value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -479,6 +479,29 @@ def test_generation_itself_runs_in_one_thread_and_the_model_in_all(steps: Counts
         torch.set_num_threads(before)
 
 
+@torch.no_grad()
+def test_a_thread_that_begins_beside_another_generation_computes_in_all() -> None:
+    model, ids, rival = make_ternary(), tokens(5), make_ternary(seed=1)
+    inside: list[int] = []
+    model.model.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
+
+    class Meanwhile(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            assert torch.get_num_threads() == 1
+            run_threads(1, lambda _: model.generate(ids, **arguments))
+            return scores
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        rival.generate(ids, logits_processor=[Meanwhile()], **arguments)
+        assert inside == [3] * 9
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 # -- copies, threads, processes ----------------------------------------------------------------------------------------
 
 

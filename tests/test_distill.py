@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, contents, make_model, read_tensors
+from tiny import VOCABULARY, contents, make_checkpoint, make_model, make_recipe, read_tensors
 from torch import Tensor
 
-from ternarize import Recipe, conversion
+from ternarize import Recipe, conversion, refine
 from ternarize import distill as distillation
 from ternarize import lesson as lesson_module
 from ternarize.conversion import convert
@@ -31,6 +31,7 @@ from ternarize.recipe import Distillation
 from ternarize.refine import distill_again
 from ternarize.report import Report
 from ternarize.tuning import off_loss
+from ternarize.workspace import Workspace
 
 QUIET = Progress(quiet=True)
 SETTINGS = ["distill.samples=20", "distill.check=3", "distill.rate=0.02", "distill.level_rate=0.02"]
@@ -104,7 +105,6 @@ def test_a_student_gets_nearer_to_its_teacher(ternary: Path, tmp_path: Path, cha
     assert done.after < 0.97 * done.before
     assert done.after == min(kl for _, kl in done.curve)
     assert (done.steps, done.tokens) == (60, 60 * 4 * 32)
-    assert not (tmp_path / "state").exists()
     held = ids(256)[-16:]
     with torch.no_grad():
         kl = divergence(teacher(input_ids=held).logits, student(input_ids=held).logits)
@@ -152,6 +152,23 @@ def test_a_run_that_was_killed_goes_on_from_its_last_check(
     assert done.curve == expected.curve
     state, reference = again.state_dict(), whole.state_dict()
     assert all(torch.equal(state[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("settings", [{"check": 4}, {"check": 3}, {"check": 2, "patience": 2, "rate": 50.0}])
+def test_a_finished_run_gives_the_same_student_again_without_a_step(
+    ternary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    given = Distillation(**{"epochs": 1, "batch": 2, "rate": 1e-2} | settings)
+    first, teacher = models(ternary)
+    expected = distill(first, teacher, "model.layers", ids(), given, 0.125, tmp_path / "state", QUIET)
+    size = (tmp_path / "state").stat().st_size
+    monkeypatch.setattr(distillation, "step_optimizer", None)
+    again, teacher = models(ternary)
+    done = distill(again, teacher, "model.layers", ids(), given, 0.125, tmp_path / "state", QUIET)
+    assert replace(done, seconds=0) == replace(expected, seconds=0)
+    state, reference = again.state_dict(), first.state_dict()
+    assert all(torch.equal(state[name], reference[name]) for name in reference)
+    assert (tmp_path / "state").stat().st_size == size
 
 
 @pytest.mark.parametrize("off", [0.0, 0.1])
@@ -222,7 +239,7 @@ def test_notes_are_kept_where_they_spare_something_and_fit(
     done = distill(student, teacher, "model.layers", ids(), settings, 0.0625, tmp_path / "state", QUIET)
     assert done.steps == 11 * epochs
     assert len(written) == len(set(written)) == noted  # each window once, in two epochs of another order
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]  # no notes are left behind
 
 
 def test_a_time_budget_ends_the_run(ternary: Path, tmp_path: Path) -> None:
@@ -288,6 +305,74 @@ def test_a_conversion_stopped_while_distilling_resumes(
     assert fitted is None
     convert(llama, tmp_path / "cut", best, resume=True, progress=QUIET)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_distillation_is_not_lost_by_what_comes_behind_it(
+    llama: Path, best: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    convert(llama, tmp_path / "whole", best, progress=QUIET)
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    own = tmp_path / "text.txt"
+    shutil.copy(best.calibration.text[0], own)
+    recipe = best.with_text([str(own)])
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "judge", killed)
+        with pytest.raises(Killed):
+            convert(llama, tmp_path / "cut", recipe, progress=QUIET)
+    if changed:
+        own.write_text("another text, of which nothing may be learnt any more")
+    monkeypatch.setattr(distillation, "step_optimizer", None)
+    convert(llama, tmp_path / "cut", recipe, resume=True, progress=QUIET)
+    cut, whole = read_tensors(tmp_path / "cut"), read_tensors(tmp_path / "whole")
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_other_mistakes_leave_a_distillation_that_has_begun(
+    ternary: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(*_: Any) -> None:
+        raise TernarizeError("something else is wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refine, "rewrite_tensors", mistake)
+        with pytest.raises(TernarizeError, match="something else"):
+            distill_again(ternary, llama, tmp_path / "out", SETTINGS, progress=QUIET)
+    monkeypatch.setattr(distillation, "step_optimizer", None)
+    report = distill_again(ternary, llama, tmp_path / "out", SETTINGS, resume=True, progress=QUIET)
+    assert report is not None
+    assert report.run["distill"]["steps"] > 0
+
+
+def test_biases_stay_as_the_source_has_them(text: Path, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "qwen2")
+    make_model("qwen2").bfloat16().save_pretrained(source)
+    convert(source, tmp_path / "fitted", make_recipe(text), progress=QUIET)
+    report = distill_again(tmp_path / "fitted", source, tmp_path / "out", SETTINGS, progress=QUIET)
+    assert report is not None
+    before, after = read_tensors(tmp_path / "fitted"), read_tensors(tmp_path / "out")
+    biases = [name for name in before if name.endswith(".bias")]
+    assert biases
+    assert all(torch.equal(before[name], after[name]) for name in biases)
+    assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
+    assert report.output_bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_time_budget_is_for_all_runs_together(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "out")
+    work.open({})
+    work.started -= 40  # seconds of fit and tune
+    assert work.fitted() == pytest.approx(40, abs=5)
+    work.started -= 100  # of the distillation
+    work.stopped("stopped")
+    again = Workspace(tmp_path / "out", resume=True)
+    again.open({})
+    again.started -= 7  # of walking through what is there
+    assert again.spent() == pytest.approx(147, abs=5)
+    assert again.fitted() == work.fitted()
 
 
 def test_no_time_left_means_no_distillation(llama: Path, best: Recipe, tmp_path: Path) -> None:

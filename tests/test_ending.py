@@ -150,4 +150,5 @@ def test_blocks_without_a_ternary_linear_end_as_they_are(source: Path, text: Pat
 
 def test_the_plan_knows_of_it(source: Path, text: Path) -> None:
     without, small, large = (make_plan(Checkpoint(source), with_ending(text, ending=n)) for n in (0, 1, 4))
-    assert without.peak_memory <= small.peak_memory <= large.peak_memory
+    assert without.peak_memory < small.peak_memory < large.peak_memory
+    assert without.disk_bytes < small.disk_bytes < large.disk_bytes

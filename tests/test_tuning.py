@@ -123,6 +123,16 @@ def test_scale_and_shift_cannot_leave_their_bounds() -> None:
         assert bool((trainable.to_ternary().read_levels()[0] > 0).all())
 
 
+def test_low_rank_movers_begin_alike_in_every_process() -> None:
+    settings = Tuning(epochs=1, codes="low-rank", rank=4)
+    linear = ternary_of(random(6, 10), group_size=5)
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(TrainableTernary(linear, None, settings).down)
+    assert torch.equal(*made)
+
+
 def test_soft_codes_become_hard() -> None:
     assert [sharpness(p, 0.5) for p in (0.0, 0.25, 0.5, 1.0)] == [1.0, SHARPEST / 2, math.inf, math.inf]
     assert sharpness(0.0, 0.0) == math.inf

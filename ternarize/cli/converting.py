@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -150,16 +151,22 @@ def distill(
     quiet: QuietOption = False,
 ) -> None:
     """Let a converted folder learn from its teacher, end to end. Runs under torchrun too."""
+    import torch
     import torch.distributed as dist
 
     from ternarize.refine import distill_again
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        quiet = quiet or dist.get_rank() > 0
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if together and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
+    if together:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        # gloo for what lies on the CPU in any case; while the first process writes the text, the others wait for hours
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        quiet = quiet or dist.get_rank() > 0
     try:
         report = distill_again(
             folder,
@@ -223,6 +230,7 @@ def plan(
             ("tables", ", ".join(f"{n} [{v}, {h}] in int{b}" for n, (v, h, b) in made.tables.items()) or "none"),
             ("weight files", f"{size(made.source_bytes)} -> {size(made.output_bytes)}"),
             ("peak memory", f"about {size(made.peak_memory)}"),
+            ("disk, until it is done", f"about {size(made.disk_bytes)}"),
             ("time", f"about {duration(made.seconds)}" + (", and the model's own text first" * made.writes_text)),
         ]
     )

@@ -12,6 +12,7 @@ a prompt's queries too.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,33 @@ def detach(model: nn.Module) -> None:
 _off: list[bool] = [False]
 
 
+class _Generations:
+    """How many generations are under way in this process, and with how many threads the first of them began.
+
+    A thread that uses torch for the first time gets the number that is set at that moment, by whatever thread. Beside a
+    generation that chooses its next token it would get one, and keep it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._threads = threading.Lock(), 0, 1
+
+    def begin(self) -> int:
+        """The threads that this one is to have."""
+        with self._lock:
+            if self._running == 0:
+                self._threads = torch.get_num_threads()
+            self._running += 1
+            return self._threads
+
+    def end(self) -> None:
+        """Of one of them."""
+        with self._lock:
+            self._running -= 1
+
+
+_generations = _Generations()
+
+
 @contextmanager
 def linear_by_linear() -> Iterator[None]:
     """No native steps for the time being, in this process."""
@@ -78,18 +106,22 @@ def _calm(kind: Any) -> None:
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        threads = torch.get_num_threads()
         attached = any(isinstance(child.__dict__.get("forward"), NativeForward) for child in self.children())
-        if threads == 1 or _off[0] or not attached:
+        if _off[0] or not attached:
             return original(self, *args, **kwargs)
-        begin = self.register_forward_pre_hook(lambda *_: torch.set_num_threads(threads))
-        end = self.register_forward_hook(choose)
+        threads = _generations.begin()
+        hooks = []
         try:
+            torch.set_num_threads(threads)
+            if threads > 1:
+                before = self.register_forward_pre_hook(lambda *_: torch.set_num_threads(threads))
+                hooks = [before, self.register_forward_hook(choose)]
             return original(self, *args, **kwargs)
         finally:
-            begin.remove()
-            end.remove()
+            for hook in hooks:
+                hook.remove()
             torch.set_num_threads(threads)
+            _generations.end()
 
     generate.calm = True  # type: ignore[attr-defined]
     kind.generate = generate
