@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ternarize.decoder.cache import CACHE
 from ternarize.errors import TernarizeError
+from ternarize.generation import TASTE, generation_settings
 from ternarize.progress import quiet_transformers
 
 COMMANDS = {
@@ -100,12 +101,13 @@ class Chat:
         cache = self._recall(inputs["input_ids"][0])
         self._forget()  # until the answer is complete
         try:
-            with quiet_transformers():
+            with quiet_transformers(), generation_settings(self.model, TASTE):
                 out: Any = self.model.generate(  # type: ignore[operator]
                     **inputs.to(self.model.device),
                     **settings,
                     **{CACHE: cache},
                     streamer=printer,
+                    tokenizer=self.tokenizer,
                     return_dict_in_generate=True,
                 )
             self._remember(out.sequences[0].cpu(), out[CACHE])

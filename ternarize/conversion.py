@@ -34,7 +34,9 @@ from ternarize.budget import spend
 from ternarize.calibration import Walk, batches, mix_random, start_walk
 from ternarize.checkpoint import Checkpoint, place, release, tied_parameters
 from ternarize.choice import make_layout
+from ternarize.distill import check_windows
 from ternarize.ending import tune_ending
+from ternarize.errors import TernarizeError
 from ternarize.evaluate import Evaluation, load_any
 from ternarize.export import find_targets
 from ternarize.export.export import check_places, export, export_places
@@ -50,7 +52,7 @@ from ternarize.refine import distill_folder
 from ternarize.report import RECIPE_FILE, LinearReport, Report, peak_memory, versions
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import describe, resolve
-from ternarize.text import calibration_windows, fingerprint, load_tokenizer
+from ternarize.text import calibration_windows, fingerprint, load_tokenizer, read_files
 from ternarize.workspace import ENDING, OUTSIDE, Workspace, arguments
 
 LEAST_TIME = 60.0  # seconds, below which a distillation is not begun
@@ -62,7 +64,7 @@ def convert(
     recipe: Recipe | str | Path = DEFAULT,
     *,
     revision: str | None = None,
-    text: list[str] | None = None,
+    text: list[str] | str | None = None,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -99,7 +101,8 @@ def convert(
     work = Workspace(Path(output), resume, force)
     chosen = (recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)).with_text(text)
     checkpoint = Checkpoint(resolve(str(source), revision))
-    work.refuse_inside(checkpoint.folder)
+    for read in (checkpoint.folder, *read_files(str(source), *chosen.calibration.text)):
+        work.refuse_inside(read)
     progress = progress or Progress()
     job = Job(checkpoint, make_plan(checkpoint, chosen), chosen, work, progress, device, str(source), revision)
     if formats:
@@ -128,6 +131,13 @@ class Job:
 def carry_out(job: Job, budget: float | None = None, command: str | None = None) -> Report:
     """Convert an opened checkpoint into a workspace's output; arguments, result and errors are those of `convert`."""
     recipe, work = job.recipe, job.work
+    if recipe.distill.epochs:
+        check_windows(recipe.distill.samples, recipe.distill, recipe.calibration.held_out)
+    elif budget is not None:
+        raise TernarizeError(
+            "a time budget ends the distillation, which this recipe has not: its fit and tuning take what they take. "
+            "Leave --time-budget out, or choose a recipe with distill.epochs, such as best."
+        )
     check_room(job.plan.disk_bytes - work.held_bytes(), work.output)
     with work.stoppable(job.plan.peak_memory), kept_memory():
         work.open(arguments(job.checkpoint, recipe, job.device))

@@ -95,11 +95,7 @@ def distill(
     """
     _, world = _place()
     taught, measured = set_apart(ids.to(next(teacher.parameters()).device), held_out)
-    if len(taught) < settings.batch * world:
-        raise TernarizeError(
-            f"{len(ids)} windows leave {len(taught)} to learn from, fewer than one step of {settings.batch} for each "
-            f"of {world} processes. Raise distill.samples, or lower distill.batch."
-        )
+    check_windows(len(ids), settings, held_out, world)
     modules = _make_learner(student, teacher, path, settings)
     depths = _depths(settings, len(list(student.get_submodule(path).children())))
     size_of_notes = note_bytes(taught.numel(), student.config.get_text_config().hidden_size, len(depths))
@@ -164,8 +160,29 @@ def _teach(
 
 def set_apart(ids: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """The windows that are learnt from, and those that decide: the last `share`, at least one, at most 16."""
-    apart = min(max(1, math.ceil(share * len(ids))), HELD_OUT_WINDOWS)
+    apart = _count_apart(len(ids), share)
     return ids[:-apart], ids[-apart:]
+
+
+def _count_apart(windows: int, share: float) -> int:
+    return min(max(1, math.ceil(share * windows)), HELD_OUT_WINDOWS)
+
+
+def check_windows(windows: int, settings: Distillation, held_out: float, processes: int = 1) -> None:
+    """Refuse a distillation on so many windows that could not take a step.
+
+    Args:
+        held_out: share of the windows that decide.
+
+    Raises:
+        TernarizeError: with the figures.
+    """
+    left = windows - _count_apart(windows, held_out)
+    if left < settings.batch * processes:
+        raise TernarizeError(
+            f"{windows} windows leave {left} to learn from, fewer than one step of {settings.batch} for each "
+            f"of {processes} processes. Raise distill.samples, or lower distill.batch."
+        )
 
 
 def _make_learner(

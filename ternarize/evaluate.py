@@ -170,18 +170,29 @@ def evaluate(
             ids = draw(evaluation_windows(read_whole(name), tokenizer, length, None), windows, seed=0)
         else:
             ids = evaluation_windows(read_whole(name), tokenizer, length, windows)
-        label = name if name in ("self", "pydoc") else Path(name).name
-        results.append(compare(student, reference, ids, label, progress))
+        results.append(compare(student, reference, ids, _label(name, texts, activations, dtype), progress))
     if save and (folder / REPORT_FILE).is_file():
         save_evaluation(folder, results)
     return results
 
 
+def _label(name: str, texts: list[str], activations: str, dtype: torch.dtype) -> str:
+    """What to call a measurement: the text, a file without its folder where no other is called so, and how it ran."""
+    short = [Path(split_source(source)[0]).name for source in texts]
+    known = name in ("self", "pydoc") or short.count(Path(name).name) > 1
+    how = [] if activations == "float" else [f"{activations} activations"]
+    how += [] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")]
+    return ", ".join([name if known else Path(name).name, *how])
+
+
 def save_evaluation(folder: Path, results: list[Evaluation]) -> None:
-    """Write measurements into report.json and the card; a text measured again replaces its old row."""
+    """Write measurements into report.json and the card; a text measured again replaces its old row.
+
+    Not one that has the teacher beside it, where the new one has not.
+    """
     report = Report.read(folder)
     rows = {row["text"]: row for row in report.run.get("evaluation", [])}
-    rows |= {result.text: result.to_dict() for result in results}
+    rows |= {r.text: r.to_dict() for r in results if r.kl is not None or rows.get(r.text, {}).get("kl") is None}
     report.run["evaluation"] = list(rows.values())
     hub.save_report(folder, report)
 

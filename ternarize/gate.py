@@ -20,6 +20,7 @@ from ternarize.block import pack_embeddings
 from ternarize.calibration import Walk, finish_walk, first_held_out
 from ternarize.checkpoint import Checkpoint, place
 from ternarize.evaluate import Evaluation, Tally
+from ternarize.generation import ENDS, generation_settings
 from ternarize.lesson import PIECE_TOKENS
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
@@ -115,9 +116,15 @@ def judge(student: PreTrainedModel, tokenizer: Any, evaluation: Evaluation | Non
     """
     start = tokenizer(OPENING, return_tensors="pt")["input_ids"][0] if prompt is None else prompt[:PROMPT_TOKENS]
     ids = start[None].to(student.device)
-    out: Tensor = student.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TEXT_TOKENS, do_sample=False, pad_token_id=0
-    )[0, ids.shape[1] :]
+    with generation_settings(student, ENDS):
+        whole: Tensor = student.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TEXT_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    out = whole[0, ids.shape[1] :]
     text = tokenizer.decode(out, skip_special_tokens=True)
     looping = len(out) == TEXT_TOKENS and len(out.unique()) < FEWEST_DISTINCT
     return Verdict(*_verdict(evaluation, looping), None if evaluation is None else evaluation.to_dict(), text)

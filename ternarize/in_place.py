@@ -39,7 +39,7 @@ def ternarize(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe | str | Path = "fast",
-    text: list[str] | None = None,
+    text: list[str] | str | None = None,
     *,
     budget: float | None = None,
     progress: Progress | None = None,

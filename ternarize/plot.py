@@ -40,6 +40,8 @@ def save(figure: Any, path: Path) -> None:
     Raises:
         TernarizeError: the file's type is unknown to matplotlib, or it cannot be written.
     """
+    if not path.suffix:
+        raise TernarizeError(f"cannot draw into {path}: its name says no type. Call it {path}.png, .svg or .pdf.")
     try:
         figure.savefig(path, dpi=120)
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """Sources of text that lie in files, in Python's manual or on the Hub -> texts and conversations.
 
     pydoc                      Python's own manual, on every machine (it differs a little between versions)
-    file.jsonl  file.txt       records with "text" or "messages", or plain text; .gz too
+    file.jsonl  file.txt       records with "text" or "messages", or plain text; .json (a list) and .gz too
     owner/name[:config[:split]] a Hub dataset, streamed; its "text" or "messages" column
 
 Where a record has both, the conversation counts.
@@ -34,7 +34,12 @@ def read(source: str) -> Iterator[Item]:
 
         yield from (topics[name] for name in sorted(topics))
     elif path.is_file():
-        yield from _read_jsonl(path) if ".jsonl" in path.name else iter([read_text(path)])
+        if ".jsonl" in path.name:
+            yield from _read_jsonl(path)
+        elif path.name.removesuffix(".gz").endswith(".json"):
+            yield from _read_json(path)
+        else:
+            yield read_text(path)
     elif path.suffix or source.startswith((".", "/", "~")):
         raise TernarizeError(f"text source {source!r}: no such file.")
     else:
@@ -65,6 +70,17 @@ def _read_jsonl(path: Path) -> Iterator[Item]:
         yield _item(record, f"{path}, line {number}")
 
 
+def _read_json(path: Path) -> Iterator[Item]:
+    try:
+        records = json.loads(read_text(path))
+    except ValueError as error:
+        raise TernarizeError(f"{path} is not JSON: {error} A file with a record on each line is a .jsonl.") from error
+    if not isinstance(records, list):
+        raise TernarizeError(f"{path} holds a {type(records).__name__}, but must hold a list of records.")
+    for number, record in enumerate(records, start=1):
+        yield _item(record, f"{path}, record {number}")
+
+
 def _item(record: Any, where: str) -> Item:
     """A record's text or conversation."""
     if isinstance(record, str):
@@ -75,11 +91,22 @@ def _item(record: Any, where: str) -> Item:
             if isinstance(messages, list) and all(
                 isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
             ):
-                return [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in messages]
+                return [{"role": str(m["role"]), "content": _content(m["content"], where)} for m in messages]
         if isinstance(record.get("text"), str):
             return record["text"]
     keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
     raise TernarizeError(f'{where} has neither "text" nor "messages" with role and content; found: {keys}.')
+
+
+def _content(content: Any, where: str) -> str:
+    """What a message says: a text, nothing, or a list of parts of text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise TernarizeError(f"{where} has a message whose content is neither text nor parts of text: {str(content)[:60]}")
 
 
 def _read_hub(source: str) -> Iterator[Item]:

@@ -23,6 +23,7 @@ from ternarize.grids import Grid
 
 DEFAULT = "balanced"
 DATA_FREE: dict[str, Any] = {"feedback": False, "curvature": False, "refit": False, "sweeps": 0, "correction": 0.0}
+LARGEST_SEED = 2**62  # that leaves room for the numbers that are added to it
 _HERE = Path(__file__).parent
 RECIPE_FOLDER = next(folder for folder in (_HERE / "recipes", _HERE.parent / "recipes") if folder.is_dir())
 
@@ -230,6 +231,8 @@ class Recipe:
         _require(0 <= self.calibration.held_out <= 0.5, "calibration.held_out", self.calibration.held_out, "0 to 0.5")
         _require(0 <= self.calibration.random <= 0.5, "calibration.random", self.calibration.random, "0 (off) to 0.5")
         _require(bool(self.calibration.text), "calibration.text", [], "at least one source, such as self")
+        for key, seed in (("calibration.seed", self.calibration.seed), ("distill.seed", self.distill.seed)):
+            _require(0 <= seed <= LARGEST_SEED, key, seed, f"between 0 and {LARGEST_SEED}")
 
     @property
     def needs_statistics(self) -> bool:
@@ -296,11 +299,12 @@ class Recipe:
                 raise TernarizeError(f"setting {setting!r}: {text!r} is not a YAML value: {error}") from error
         return self.from_dict(values, where="settings")
 
-    def with_text(self, sources: list[str] | None) -> Recipe:
-        """A copy that calibrates on these sources; the recipe itself where there are none."""
+    def with_text(self, sources: list[str] | str | None) -> Recipe:
+        """A copy that calibrates on these sources, or on this one; the recipe itself where there are none."""
         if not sources:
             return self
-        return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, text=tuple(sources)))
+        text = (sources,) if isinstance(sources, str) else tuple(sources)
+        return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, text=text))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON; `from_dict` gives the recipe back."""
@@ -345,7 +349,7 @@ def _convert(value: Any, hint: Any, where: str, key: str, besides: str = "") -> 
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in arguments:
-            return value
+            return arguments[arguments.index(value)]  # 4 for 4.0
         expected = "one of " + ", ".join(map(str, arguments)) + nearest(str(value), arguments)
     elif origin in (types.UnionType, typing.Union):
         (main,) = (choice for choice in arguments if choice is not type(None) and not _words(choice))

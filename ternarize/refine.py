@@ -14,6 +14,7 @@ from ternarize.architecture import find_blocks
 from ternarize.calibration import autocast_enabled
 from ternarize.checkpoint import Checkpoint
 from ternarize.distill import distill, is_first, set_apart, together
+from ternarize.errors import TernarizeError
 from ternarize.evaluate import Evaluation, compare, load_any
 from ternarize.files import rewrite_tensors, write_tensors, write_text
 from ternarize.gate import HELD_OUT, judge
@@ -24,7 +25,7 @@ from ternarize.recipe import Recipe
 from ternarize.report import RECIPE_FILE, Report, peak_memory
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import resolve
-from ternarize.text import calibration_windows, fingerprint, load_tokenizer
+from ternarize.text import calibration_windows, fingerprint, load_tokenizer, read_files
 from ternarize.workspace import Workspace, arguments
 
 GATE_WINDOWS = 8  # at most, on which a distilled student is compared with its teacher
@@ -103,7 +104,7 @@ def distill_again(
     settings: list[str] | None = None,
     *,
     revision: str | None = None,
-    text: list[str] | None = None,
+    text: list[str] | str | None = None,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -132,11 +133,17 @@ def distill_again(
     recipe = Recipe.load(folder / RECIPE_FILE)
     if not recipe.distill.epochs:
         recipe = recipe.with_settings(["distill.epochs=1"])
+    for setting in settings or []:
+        if not setting.startswith(("distill.", "calibration.")):
+            raise TernarizeError(
+                f"{setting!r} would change how {folder} was fitted, which is done. A distillation takes settings of "
+                "distill and calibration, such as distill.epochs=2; convert again for others."
+            )
     recipe = recipe.with_settings(settings or []).with_text(text)
     checkpoint = Checkpoint(resolve(str(source), revision))
     work = Workspace(Path(output), resume, force)
-    for held in (checkpoint.folder, folder):
-        work.refuse_inside(held)
+    for read in (checkpoint.folder, folder, *read_files(str(source), *recipe.calibration.text)):
+        work.refuse_inside(read)
     shapes = {entry.name: entry.shape for entry in report.linears}
     check_room(report.output_bytes + distillation_bytes(shapes, recipe) - work.held_bytes(), work.output)
     first = is_first()

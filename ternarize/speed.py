@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ternarize.errors import TernarizeError
 from ternarize.evaluate import load_any
+from ternarize.generation import generation_settings
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.report import peak_memory
 
@@ -111,7 +112,7 @@ def timed_generate(model: Any, ids: Tensor, tokens: int) -> list[float]:
     """Greedily, and exactly so many tokens; when it began, and when each of them was there, in seconds."""
     clock = _Clock()
     try:
-        with quiet_transformers():
+        with quiet_transformers(), generation_settings(model):
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ternarize.errors import TernarizeError, first_line
 from ternarize.files import write_tensors
+from ternarize.generation import generation_settings
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.reading import Item, Message, read, read_text
 from ternarize.sources import cache_folder
 
 READ_AHEAD = 4  # windows are drawn from a pool this many times larger, where the source has as much
 WRITER_BATCH = 64
-WRITER_VERSION = 2  # of the way `write_windows` works: part of the cache's key
+WRITER_VERSION = 3  # of the way `write_windows` works: part of the cache's key
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -74,7 +75,7 @@ def split_source(source: str) -> tuple[str, float]:
         TernarizeError: the weight is not a positive number.
     """
     name, at, weight = source.rpartition("@")
-    if not at:
+    if not at or "/" in weight or Path(source).expanduser().is_file():  # an @ of its own
         return source, 1.0
     try:
         value = float(weight)
@@ -85,6 +86,12 @@ def split_source(source: str) -> tuple[str, float]:
             f"text source {source!r}: the weight after @ is {weight!r}, but must be a positive number."
         )
     return name, value
+
+
+def read_files(*sources: str) -> list[Path]:
+    """The files and folders among sources of text, or other names of what is read."""
+    paths = [Path(split_source(source)[0]).expanduser() for source in sources]
+    return [path for path in paths if path.exists()]
 
 
 def calibration_windows(
@@ -173,7 +180,7 @@ def windows(
     body = length - len(start)
     stream: list[int] = []
     for item in items:
-        text = item if isinstance(item, str) else render_chat(item, tokenizer)
+        text = item if isinstance(item, str) else render_chat(item, tokenizer, source)
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
@@ -234,10 +241,24 @@ def read_whole(source: str) -> str:
     return "\n\n".join(texts)
 
 
-def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation by the model's chat template, or as plain paragraphs where it has none."""
+def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    """A conversation by the model's chat template, or as plain paragraphs where it has none.
+
+    Args:
+        source: what to call its origin.
+
+    Raises:
+        TernarizeError: the template refuses it.
+    """
     if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # a template is a program of the model's author, and raises what it likes
+            roles = ", ".join(message["role"] for message in messages)
+            raise TernarizeError(
+                f"{source}: the model's chat template refuses a conversation of {roles}: {first_line(error)} "
+                "Leave such conversations out, or give their text as plain text."
+            ) from error
     return "\n\n".join(message["content"] for message in messages)
 
 
@@ -302,7 +323,7 @@ def _sample(model: Any, prompt: Tensor, length: int, seed: int, advance: Callabl
             advance(len(ids))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), generation_settings(model):
         torch.manual_seed(seed)
         prompt = prompt.to(model.device)
         written: Tensor = model.generate(

@@ -87,7 +87,7 @@ class Workspace:
             )
 
     def refuse_inside(self, source: Path) -> None:
-        """Refuse an output that is the source, or a folder that holds it.
+        """Refuse an output that is the source (a folder or a file), or a folder that holds it.
 
         Raises:
             TernarizeError: the source would be lost.
@@ -95,7 +95,7 @@ class Workspace:
         held = source.resolve()
         if self.output in (held, *held.parents):
             raise TernarizeError(
-                f"{self.output} holds the source {held}, which would be lost. Choose another --output."
+                f"{self.output} holds {held}, which is read and would be lost. Choose another --output."
             )
 
     def open(self, arguments: dict[str, Any]) -> None:
@@ -107,12 +107,7 @@ class Workspace:
         state = self.folder / "state.json"
         if self.resume and state.exists():
             before = json.loads(state.read_text(encoding="utf-8"))
-            differences = [
-                f"{key}: {before.get(key)!r} then, {arguments.get(key)!r} now"
-                for key in sorted(before.keys() | arguments.keys())
-                if before.get(key) != arguments.get(key)
-            ]
-            if differences:
+            if differences := list(_differences(before, arguments)):
                 raise TernarizeError(
                     f"{self.folder} was started with other arguments ({'; '.join(differences)}). "
                     "Resume with those, or use --force to start over."
@@ -263,6 +258,16 @@ class Workspace:
         if self.distillation.exists():
             safe = f"the distillation's last check is safe in {self.folder}"
         return f"{why}: {safe}. Run the same command with --resume to go on."
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What two sets of arguments differ in, settings within settings by their own names."""
+    for key in sorted(then.keys() | now.keys()):
+        before, after = then.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {before!r} then, {after!r} now"
 
 
 def _is_ours(path: Path) -> bool:

@@ -128,6 +128,20 @@ def test_template_that_refuses_is_said(chat: Chat) -> None:
     assert talk(chat, "abc") == ("", ["error: the model's chat template refuses this conversation: no system here"])
 
 
+def test_settings_of_the_checkpoint_that_do_not_suit_a_conversation_do_not_count(chat: Chat) -> None:
+    plain = talk(chat, "abc", "def")
+    chat.reset(None)
+    own = chat.model.generation_config
+    settings = {"num_beams": 3, "num_return_sequences": 2, "cache_implementation": "static", "max_length": 7}
+    for name, value in settings.items():
+        setattr(own, name, value)
+    assert talk(chat, "abc", "def") == plain
+    chat.reset(None)
+    own.repetition_penalty = 100.0  # what its authors recommend for writing does
+    assert talk(chat, "abc", "def") != plain
+    assert chat.model.generation_config is own
+
+
 def test_model_without_a_template_is_refused(ternary: Path, run: Run, tmp_path: Path) -> None:
     folder = copy_folder(ternary, tmp_path / "copy")
     (folder / "chat_template.jinja").unlink()

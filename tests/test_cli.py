@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,67 @@ def test_generate_works_on_a_float_checkpoint_too(run: Run, llama: Path) -> None
     code, out, _ = run("generate", llama, "abc", "-n", 3)
     assert code == 0
     assert out.startswith("abc")
+
+
+def test_generate_writes_alone_whatever_the_checkpoint_asks_for(run: Run, ternary: Path, tmp_path: Path) -> None:
+    folder = copy_folder(ternary, tmp_path / "copy")
+    expected = run("generate", folder, "abc", "-n", "8")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_beams": 4, "cache_implementation": "static"}))
+    assert run("generate", folder, "abc", "-n", "8") == expected
+
+
+def test_a_time_budget_is_refused_where_nothing_can_be_cut_short(
+    run: Run, llama: Path, settings: list[str], tmp_path: Path
+) -> None:
+    code, _, err = run("convert", llama, "-o", tmp_path / "out", *settings, "--time-budget", "1h")
+    assert code == 2
+    assert "Leave --time-budget out" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_windows_to_distil_are_known_before_the_fit(
+    run: Run, llama: Path, settings: list[str], tmp_path: Path
+) -> None:
+    options = ["--set", "distill.epochs=1", "--set", "distill.samples=2"]
+    code, _, err = run("convert", llama, "-o", tmp_path / "out", *settings, *options)
+    assert code == 2
+    assert "2 windows leave 1 to learn from" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_is_not_overwritten(run: Run, ternary: Path, llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    gguf = folder / "model.gguf"
+    own = Path(shutil.copy(text, folder / "text.txt"))
+    assert run("export", copy_folder(ternary, tmp_path / "student"), "--to", "gguf-q4_1", "--allow-lossy")[0] == 0
+    shutil.copy(next(tmp_path.glob("student-gguf-q4_1/*.gguf")), gguf)
+    for command in (
+        ["convert", gguf, "-o", folder, "-r", "fast", "--text", text],
+        ["convert", llama, "-o", folder, "-r", "fast", "--text", f"{own}@2"],
+        ["distill", ternary, "--teacher", llama, "-o", folder, "--text", own],
+    ):
+        code, _, err = run(*command, "--force")
+        assert code == 2
+        assert "is read and would be lost" in err
+    assert sorted(path.name for path in folder.iterdir()) == ["model.gguf", "text.txt"]
+
+
+def test_distill_takes_no_setting_of_what_is_done(run: Run, ternary: Path, llama: Path, tmp_path: Path) -> None:
+    command = ["distill", ternary, "--teacher", llama, "-o", tmp_path / "out", "--set", "group_size=64"]
+    code, _, err = run(*command)
+    assert code == 2
+    assert "'group_size=64' would change how" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_refuses_options_that_would_count_for_nothing(run: Run, ternary: Path, tmp_path: Path) -> None:
+    for options in (["--teacher", "x", "--plot", tmp_path / "a.png"], ["--text", "pydoc"], ["--plot", tmp_path / "a"]):
+        code, out, err = run("inspect", ternary, *options)
+        assert (code, out) == (2, "")
+        assert "error" in err.lower()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generate_with_a_temperature_follows_the_seed(run: Run, ternary: Path) -> None:

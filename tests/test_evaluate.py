@@ -201,3 +201,18 @@ def test_nothing_is_written_where_saving_is_off(ternary: Path, text: Path, tmp_p
     }
     assert find_shards(folder)
     assert read_tensors(folder)
+
+
+def test_figures_of_other_settings_and_texts_have_rows_of_their_own(ternary: Path, llama: Path, tmp_path: Path) -> None:
+    folder = copy_folder(ternary, tmp_path / "student")
+    texts = [tmp_path / name / "test.txt" for name in ("a", "b")]
+    for number, path in enumerate(texts):
+        path.parent.mkdir()
+        path.write_text(f"{number} some text of its own {number * 7}\n" * 40)
+    measure(folder, llama, *texts)
+    measure(folder, llama, texts[0])
+    measure(folder, llama, texts[0], activations="int8", dtype=torch.bfloat16)
+    measure(folder, None, texts[0])  # no teacher beside it: takes nothing away
+    rows = {row["text"]: row for row in Report.read(folder).run["evaluation"]}
+    assert list(rows) == [*map(str, texts), "test.txt", "test.txt, int8 activations, bfloat16"]
+    assert all(row["kl"] is not None for row in rows.values())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_recipe
+from transformers import GenerationConfig
 
 from ternarize import Recipe, conversion, gate
 from ternarize.conversion import convert
@@ -60,6 +61,7 @@ class Parrot:
     """Says what it is told to."""
 
     device = "cpu"
+    generation_config = GenerationConfig()
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens

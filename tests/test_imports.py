@@ -30,6 +30,7 @@ ORDER = (
     "solver",
     "format",
     "progress",
+    "generation",
     "files",
     "checkpoint",
     "sources",

@@ -210,6 +210,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         ("a.jsonl@0.5", ("a.jsonl", 0.5)),
         ("owner/name:config:split@2", ("owner/name:config:split", 2.0)),
         ("odd@name.txt@2", ("odd@name.txt", 2.0)),
+        ("/home/me@corp/a.txt", ("/home/me@corp/a.txt", 1.0)),
+        ("/home/me@corp/a.txt@3", ("/home/me@corp/a.txt", 3.0)),
     ],
 )
 def test_a_source_may_carry_a_weight(source: str, expected: tuple[str, float]) -> None:
@@ -431,6 +433,41 @@ def count(ids: Tensor, letter: str) -> int:
     return int((ids[:, 0] == spelled(letter)[0]).sum())
 
 
+def test_a_list_of_records_is_read_from_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "ab"}, {"messages": MESSAGES}]))
+    assert list(read(str(path))) == ["ab", MESSAGES]
+    for wrong, words in (
+        ('{"text": "ab"}', "holds a dict, but must hold a list"),
+        ("[", "is not JSON"),
+        ("[3]", "record 1"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(TernarizeError, match=words):
+            list(read(str(path)))
+
+
+def test_parts_of_text_are_a_messages_text_and_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    parts: list[Any] = [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]})
+    )
+    assert list(read(str(path))) == [[{"role": "user", "content": "abc"}, {"role": "assistant", "content": ""}]]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": [*parts, {"type": "image", "url": "x"}]}]}))
+    with pytest.raises(TernarizeError, match="line 1 has a message whose content is neither text nor parts of text"):
+        list(read(str(path)))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system') }}", "{{ 1 + 'a' }}", "{{ nothing.at.all }}"])
+def test_a_conversation_that_the_template_refuses_is_named(template: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    words = r"mine\.jsonl: the model's chat template refuses a conversation of system, user"
+    with pytest.raises(TernarizeError, match=words):
+        windows(iter([[{"role": role, "content": "a"} for role in ("system", "user")]]), tokenizer, 4, 1, "mine.jsonl")
+
+
 @pytest.mark.parametrize(
     ("weights", "samples", "expected"),
     [
@@ -505,6 +542,32 @@ def test_a_model_writes_windows_that_its_seed_decides(model: Any) -> None:
     assert torch.equal(ids, written(model, PLAIN))
     assert not torch.equal(ids, written(model, PLAIN, seed=1))
     assert len({tuple(row) for row in ids.tolist()}) == 6
+
+
+# What checkpoints hold beside their weights, and would change the text, its length, or what comes back.
+GENERATION: dict[str, Any] = {
+    "max_new_tokens": 5,
+    "min_new_tokens": 40,
+    "repetition_penalty": 5.0,
+    "temperature": 0.01,
+    "top_p": 0.1,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "return_dict_in_generate": True,
+    "stop_strings": ["a"],
+    "cache_implementation": "static",
+}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
+def test_the_models_own_settings_do_not_change_what_it_writes(name: str, tokenizer: Any, model: Any) -> None:
+    expected = written(model, tokenizer)
+    other = make_model()
+    given = other.generation_config
+    setattr(given, name, GENERATION[name])
+    assert torch.equal(written(other, tokenizer), expected)
+    assert other.generation_config is given
 
 
 def test_writing_leaves_the_global_random_state_alone(model: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -109,8 +110,9 @@ def convert(
     say_verdict(verdict)
     if push is not None:
         typer.echo(f"\nPushed: {send(target, push, private, progress)}")
-    typer.echo(f"\nNext: ternarize evaluate {target} --teacher {source}")
-    typer.echo(f'      ternarize generate {target} "Once upon a time"')
+    folder = quote(str(target))
+    typer.echo(f"\nNext: ternarize evaluate {folder} --teacher {quote(source)}")
+    typer.echo(f'      ternarize generate {folder} "Once upon a time"')
 
 
 def _show(report: Report, source: str, target: Path, recipe: Recipe, progress: Progress) -> None:
@@ -140,7 +142,10 @@ def distill(
     folder: Folder,
     teacher: Annotated[str, typer.Option(help="What the folder was converted from.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
-    setting: SetOption = None,
+    setting: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="Change one setting of distill or calibration, as distill.epochs=2. Repeatable."),
+    ] = None,
     text: TextOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = "cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Optional
 
 import typer
@@ -60,7 +61,7 @@ def export(
     for exported in done:
         if not exported.exact:
             typer.echo(f"{exported.format}: {in_words(exported)}", err=True)
-    typer.echo(f"\nNext: ternarize verify {folder}" if output is None else f"\nNext: ternarize verify {done[0].path}")
+    typer.echo(f"\nNext: ternarize verify {quote(str(folder if output is None else done[0].path))}")
 
 
 @app.command()

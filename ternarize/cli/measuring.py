@@ -185,6 +185,10 @@ def inspect(
     from ternarize.report import Report
 
     report = Report.read(folder)
+    if teacher is None and text:
+        raise TernarizeError("--text is what linears are ranked on, beside the --teacher. Give both, or leave it out.")
+    if teacher is not None and plot is not None:
+        raise TernarizeError("--plot draws the table of errors, which --teacher does not show. Leave one of them out.")
     if teacher is not None:
         _rank(folder, teacher, text or ["pydoc"], worst, as_json)
         return

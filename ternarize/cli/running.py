@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ternarize.cli.app import app
 from ternarize.cli.options import AnyFolder, DeviceOption, DtypeOption, RevisionOption, check_device, dtype_of
 from ternarize.errors import TernarizeError
 from ternarize.progress import quiet_transformers
+from ternarize.recipe import LARGEST_SEED
 
 
 @app.command()
@@ -23,7 +25,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.", show_default=False)],
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="For temperatures above 0.")] = 0,
     revision: RevisionOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: DeviceOption = "cpu",
@@ -34,6 +36,7 @@ def generate(
 
     from ternarize.chat import Printer
     from ternarize.evaluate import load_any
+    from ternarize.generation import TASTE, generation_settings
     from ternarize.sources import resolve
     from ternarize.text import load_tokenizer
 
@@ -57,9 +60,10 @@ def generate(
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
     try:
-        with quiet_transformers():
+        with quiet_transformers(), generation_settings(model, TASTE):
             printer = Printer(tokenizer, _show)
-            model.generate(**inputs.to(model.device), max_new_tokens=tokens, streamer=printer, **settings)
+            inputs = inputs.to(model.device)
+            model.generate(**inputs, max_new_tokens=tokens, streamer=printer, tokenizer=tokenizer, **settings)
             _show("\n")
     except IndexError as error:
         raise TernarizeError(f"{folder} cannot take so long a text: {error}. Choose fewer --tokens.") from error
@@ -74,7 +78,7 @@ def chat(
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many tokens in an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="For temperatures above 0.")] = 0,
     revision: RevisionOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -149,6 +153,8 @@ def _show(text: str) -> None:
 def _lines() -> Iterator[str]:
     """What is typed, until Ctrl-D; or what is piped in."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 are no reason to end the conversation
         yield from sys.stdin
         return
     with contextlib.suppress(ImportError):  # Windows has none
