@@ -100,9 +100,9 @@ def convert(
     """
     work = Workspace(Path(output), resume, force)
     chosen = (recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)).with_text(text)
+    work.refuse_inside(*read_files(str(source), *chosen.calibration.text))
     checkpoint = Checkpoint(resolve(str(source), revision))
-    for read in (checkpoint.folder, *read_files(str(source), *chosen.calibration.text)):
-        work.refuse_inside(read)
+    work.refuse_inside(checkpoint.folder)
     progress = progress or Progress()
     job = Job(checkpoint, make_plan(checkpoint, chosen), chosen, work, progress, device, str(source), revision)
     if formats:

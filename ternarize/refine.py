@@ -140,10 +140,10 @@ def distill_again(
                 "distill and calibration, such as distill.epochs=2; convert again for others."
             )
     recipe = recipe.with_settings(settings or []).with_text(text)
-    checkpoint = Checkpoint(resolve(str(source), revision))
     work = Workspace(Path(output), resume, force)
-    for read in (checkpoint.folder, folder, *read_files(str(source), *recipe.calibration.text)):
-        work.refuse_inside(read)
+    work.refuse_inside(folder, *read_files(str(source), *recipe.calibration.text))
+    checkpoint = Checkpoint(resolve(str(source), revision))
+    work.refuse_inside(checkpoint.folder)
     shapes = {entry.name: entry.shape for entry in report.linears}
     check_room(report.output_bytes + distillation_bytes(shapes, recipe) - work.held_bytes(), work.output)
     first = is_first()

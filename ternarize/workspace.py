@@ -86,17 +86,17 @@ class Workspace:
                 "Add --resume to go on with it, or --force to start over."
             )
 
-    def refuse_inside(self, source: Path) -> None:
-        """Refuse an output that is the source (a folder or a file), or a folder that holds it.
+    def refuse_inside(self, *sources: Path) -> None:
+        """Refuse an output that is one of the sources (folders or files), or a folder that holds one.
 
         Raises:
-            TernarizeError: the source would be lost.
+            TernarizeError: it would be lost.
         """
-        held = source.resolve()
-        if self.output in (held, *held.parents):
-            raise TernarizeError(
-                f"{self.output} holds {held}, which is read and would be lost. Choose another --output."
-            )
+        for held in (source.resolve() for source in sources):
+            if self.output in (held, *held.parents):
+                raise TernarizeError(
+                    f"{self.output} holds {held}, which is read and would be lost. Choose another --output."
+                )
 
     def open(self, arguments: dict[str, Any]) -> None:
         """Start afresh, or check that an interrupted conversion had the same arguments.

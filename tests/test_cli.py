@@ -436,8 +436,7 @@ def test_what_is_read_is_not_overwritten(run: Run, ternary: Path, llama: Path, t
     folder.mkdir()
     gguf = folder / "model.gguf"
     own = Path(shutil.copy(text, folder / "text.txt"))
-    assert run("export", copy_folder(ternary, tmp_path / "student"), "--to", "gguf-q4_1", "--allow-lossy")[0] == 0
-    shutil.copy(next(tmp_path.glob("student-gguf-q4_1/*.gguf")), gguf)
+    gguf.write_bytes(b"GGUF")  # looked at only once it is known to be safe
     for command in (
         ["convert", gguf, "-o", folder, "-r", "fast", "--text", text],
         ["convert", llama, "-o", folder, "-r", "fast", "--text", f"{own}@2"],
