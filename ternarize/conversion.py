@@ -100,7 +100,7 @@ def convert(
     """
     work = Workspace(Path(output), resume, force)
     chosen = (recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)).with_text(text)
-    work.refuse_inside(*read_files(str(source), *chosen.calibration.text))
+    work.refuse_inside(*read_files(str(source), chosen.calibration.text))
     checkpoint = Checkpoint(resolve(str(source), revision))
     work.refuse_inside(checkpoint.folder)
     progress = progress or Progress()

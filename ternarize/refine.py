@@ -141,7 +141,7 @@ def distill_again(
             )
     recipe = recipe.with_settings(settings or []).with_text(text)
     work = Workspace(Path(output), resume, force)
-    work.refuse_inside(folder, *read_files(str(source), *recipe.calibration.text))
+    work.refuse_inside(folder, *read_files(str(source), recipe.calibration.text))
     checkpoint = Checkpoint(resolve(str(source), revision))
     work.refuse_inside(checkpoint.folder)
     shapes = {entry.name: entry.shape for entry in report.linears}

@@ -88,9 +88,9 @@ def split_source(source: str) -> tuple[str, float]:
     return name, value
 
 
-def read_files(*sources: str) -> list[Path]:
-    """The files and folders among sources of text, or other names of what is read."""
-    paths = [Path(split_source(source)[0]).expanduser() for source in sources]
+def read_files(checkpoint: str, texts: tuple[str, ...]) -> list[Path]:
+    """What is read of the user's own files and folders, of a checkpoint and of sources of text by their names."""
+    paths = [Path(name).expanduser() for name in (checkpoint, *(split_source(text)[0] for text in texts))]
     return [path for path in paths if path.exists()]
 
 
