@@ -152,12 +152,13 @@ def test_model_without_a_template_is_refused(ternary: Path, run: Run, tmp_path: 
 
 def test_lines_may_be_piped_in(ternary: Path) -> None:
     line = [sys.executable, "-m", "ternarize.cli", "chat", str(ternary), "--tokens", "4", "--temperature", "0"]
-    done = subprocess.run(line, input="abc\n/nothing\n/exit\n", capture_output=True, text=True, timeout=120)
+    lines = b"abc\n/nothing\n\xff def\n/exit\n"  # not all of it is UTF-8
+    done = subprocess.run(line, input=lines, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    model, tokenizer = ternarize.load(ternary)
-    answer = Chat(model, tokenizer, 4, 0).answer("abc", lambda _: None)
-    assert done.stdout == f"{answer}\n"
-    assert "There is no command /nothing." in done.stderr
+    chat = Chat(*ternarize.load(ternary), 4, 0)
+    answers = [chat.answer(text, lambda _: None) for text in ("abc", "\ufffd def")]
+    assert done.stdout.decode().splitlines() == "\n".join(answers).splitlines()
+    assert "There is no command /nothing." in done.stderr.decode()
 
 
 # -- over HTTP --------------------------------------------------------------------------------------------------------

@@ -386,3 +386,18 @@ def test_a_setting_that_is_not_understood_is_refused(setting: str, parts: list[s
         Recipe().with_settings([setting])
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_whole_number_may_be_spelled_with_a_point() -> None:
+    assert type(Recipe().with_settings(["scale_bits=4.0"]).scale_bits) is int
+
+
+@pytest.mark.parametrize("key", ["calibration.seed", "distill.seed"])
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused(key: str, seed: int) -> None:
+    with pytest.raises(TernarizeError, match=f"{key} is {seed}, but must be between 0 and"):
+        Recipe().with_settings([f"{key}={seed}"])
+
+
+def test_one_source_of_text_need_be_no_list() -> None:
+    assert Recipe().with_text("pydoc").calibration.text == ("pydoc",)
