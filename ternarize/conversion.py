@@ -85,7 +85,7 @@ def convert(
         device: where to compute, such as "cpu" or "cuda".
         resume: go on with an interrupted conversion of the same arguments.
         force: replace what is at `output`, once the new folder is complete, and forget an interrupted conversion.
-        budget: seconds for all of it; the distillation, where the recipe has one, gets what fit and tune leave.
+        budget: seconds for all of it; the distillation gets what fit and tune leave. Only where the recipe has one.
         formats: other formats to write beside `output`, see `ternarize.export`; refused before anything is computed
             where one of them cannot hold what the recipe makes.
         allow_lossy: write those, too.
@@ -142,13 +142,15 @@ def carry_out(job: Job, budget: float | None = None, command: str | None = None)
     with work.stoppable(job.plan.peak_memory), kept_memory():
         work.open(arguments(job.checkpoint, recipe, job.device))
         report, evaluation, ids = _convert(job)
-        left = None if budget is None or not recipe.distill.epochs else budget - work.fitted()
-        if left is not None and left < LEAST_TIME and not work.distillation.exists():
-            job.progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
-        elif recipe.distill.epochs:
-            report, evaluation = distill_folder(
-                work.final, job.checkpoint, report, recipe, work, job.progress, job.device, left
-            )
+        if recipe.distill.epochs:
+            fitted = work.fitted()  # noted without a budget, too: the run that goes on from here may have one
+            left = None if budget is None else budget - fitted
+            if left is not None and left < LEAST_TIME and not work.distillation.exists():
+                job.progress.say(f"no distillation: fit and tune took all but {max(left, 0):.0f} s of the time budget.")
+            else:
+                report, evaluation = distill_folder(
+                    work.final, job.checkpoint, report, recipe, work, job.progress, job.device, left
+                )
         student = load_any(work.final, job.device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
     report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory(), commands=[command] if command else [])

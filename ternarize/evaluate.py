@@ -179,10 +179,10 @@ def evaluate(
 def _label(name: str, texts: list[str], activations: str, dtype: torch.dtype) -> str:
     """What to call a measurement: the text, a file without its folder where no other is called so, and how it ran."""
     short = [Path(split_source(source)[0]).name for source in texts]
-    known = name in ("self", "pydoc") or short.count(Path(name).name) > 1
+    whole = name in ("self", "pydoc") or short.count(Path(name).name) > 1
     how = [] if activations == "float" else [f"{activations} activations"]
     how += [] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")]
-    return ", ".join([name if known else Path(name).name, *how])
+    return ", ".join([name if whole else Path(name).name, *how])
 
 
 def save_evaluation(folder: Path, results: list[Evaluation]) -> None:

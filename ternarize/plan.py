@@ -267,7 +267,7 @@ def _seconds(
     solving = sum(6 * o * i * i for o, i in ternary.values())
     columns = sum(i for _, i in ternary.values()) * 60e-6 * (1 + recipe.sweeps)
     once = forward / tokens  # of one token through all ternary linears
-    ended = 1 - recipe.tune.first_of_ending(len(blocks)) / len(blocks)
+    ended = recipe.tune.share_of_ending(len(blocks))
     learning = 3 * forward * (recipe.tune.epochs + recipe.tune.ending_epochs * ended)
     distilled = recipe.distill.samples * recipe.calibration.length * recipe.distill.epochs
     predicted = distilled + (tokens * recipe.tune.ending_epochs if ended else 0)
@@ -290,8 +290,7 @@ def _matmul_rate() -> float:
 
 def _disk_bytes(output: int, blocks: int, ternary: dict[str, tuple[int, int]], recipe: Recipe) -> int:
     """Blocks, those of them that learnt together, the folder made of them, and what a distillation goes on from."""
-    ended = 1 - recipe.tune.first_of_ending(blocks) / blocks
-    return int((2 + ended) * output) + distillation_bytes(ternary, recipe)
+    return int((2 + recipe.tune.share_of_ending(blocks)) * output) + distillation_bytes(ternary, recipe)
 
 
 def distillation_bytes(ternary: dict[str, tuple[int, int]], recipe: Recipe) -> int:

@@ -107,6 +107,10 @@ class Tuning(Learning):
         count = blocks if self.ending == "all" else self.ending
         return max(0, blocks - count) // self.window * self.window
 
+    def share_of_ending(self, blocks: int) -> float:
+        """Of a model's blocks, those that learn once more."""
+        return 1 - self.first_of_ending(blocks) / blocks
+
 
 @dataclass(frozen=True)
 class Distillation(Learning):

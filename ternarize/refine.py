@@ -97,6 +97,20 @@ def _lesson_ids(work: Workspace, checkpoint: Checkpoint, recipe: Recipe, progres
     return load_file(work.lesson)["ids"]
 
 
+def _recipe_of(folder: Path, settings: list[str]) -> Recipe:
+    """A folder's own recipe, with at least an epoch of distillation, and `settings` of that and of its text."""
+    for setting in settings:
+        if not setting.startswith(("distill.", "calibration.")):
+            raise TernarizeError(
+                f"{setting!r} would change how {folder} was fitted, which is done. A distillation takes settings of "
+                "distill and calibration, such as distill.epochs=2; convert again for others."
+            )
+    recipe = Recipe.load(folder / RECIPE_FILE)
+    if not recipe.distill.epochs:
+        recipe = recipe.with_settings(["distill.epochs=1"])
+    return recipe.with_settings(settings)
+
+
 def distill_again(
     folder: str | Path,
     source: str | Path,
@@ -130,16 +144,7 @@ def distill_again(
     """
     folder, progress = Path(folder), progress or Progress()
     report = Report.read(folder)
-    recipe = Recipe.load(folder / RECIPE_FILE)
-    if not recipe.distill.epochs:
-        recipe = recipe.with_settings(["distill.epochs=1"])
-    for setting in settings or []:
-        if not setting.startswith(("distill.", "calibration.")):
-            raise TernarizeError(
-                f"{setting!r} would change how {folder} was fitted, which is done. A distillation takes settings of "
-                "distill and calibration, such as distill.epochs=2; convert again for others."
-            )
-    recipe = recipe.with_settings(settings or []).with_text(text)
+    recipe = _recipe_of(folder, settings or []).with_text(text)
     work = Workspace(Path(output), resume, force)
     work.refuse_inside(folder, *read_files(str(source), recipe.calibration.text))
     checkpoint = Checkpoint(resolve(str(source), revision))

@@ -301,6 +301,7 @@ def test_a_conversion_stopped_while_distilling_resumes(
         patch.setattr(distillation._Run, "check", check)
         with pytest.raises(StoppedError, match="--resume"):
             convert(llama, tmp_path / "cut", best, progress=QUIET)
+    assert (tmp_path / "cut.partial" / "fitted.json").exists()  # the run that goes on may have a time budget
     fitted = monkeypatch.setattr(conversion, "convert_window", None)
     assert fitted is None
     convert(llama, tmp_path / "cut", best, resume=True, progress=QUIET)

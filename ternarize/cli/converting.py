@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from shlex import quote
@@ -102,14 +104,18 @@ def convert(
         progress.say(f"not pushed to {push}, because the model has collapsed.")
     if as_json:
         print_json(json.loads(report.to_json()))
-        say_verdict(verdict, quietly=True)
-        if push is not None:
-            send(target, push, private, progress)
-        return
-    _show(report, source, target, chosen, progress)
-    say_verdict(verdict)
-    if push is not None:
-        typer.echo(f"\nPushed: {send(target, push, private, progress)}")
+    else:
+        _show(report, source, target, chosen, progress)
+    say_verdict(verdict, quietly=as_json)
+    pushed = None if push is None else send(target, push, private, progress)
+    if not as_json:
+        _say_next(source, target, pushed)
+
+
+def _say_next(source: str, target: Path, pushed: str | None) -> None:
+    """Where the result went on the Hub, if it did, and what to do with it."""
+    if pushed is not None:
+        typer.echo(f"\nPushed: {pushed}")
     folder = quote(str(target))
     typer.echo(f"\nNext: ternarize evaluate {folder} --teacher {quote(source)}")
     typer.echo(f'      ternarize generate {folder} "Once upon a time"')
@@ -137,6 +143,29 @@ def _show(report: Report, source: str, target: Path, recipe: Recipe, progress: P
     )
 
 
+@contextmanager
+def _among_processes(device: str) -> Iterator[str]:
+    """Under torchrun, one of its processes that learn together; gives the device that is this one's."""
+    import torch
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        check_device(device)
+        yield device
+        return
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    check_device(own)
+    backend = "gloo"
+    if own.startswith("cuda"):
+        torch.cuda.set_device(own)
+        backend = "cpu:gloo,cuda:nccl"  # some of what is agreed on lies on the CPU
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # all wait for the first one to write the text
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
+
+
 @app.command()
 def distill(
     folder: Folder,
@@ -156,23 +185,10 @@ def distill(
     quiet: QuietOption = False,
 ) -> None:
     """Let a converted folder learn from its teacher, end to end. Runs under torchrun too."""
-    import torch
-    import torch.distributed as dist
-
+    from ternarize.distill import is_first
     from ternarize.refine import distill_again
 
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if together and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    check_device(device)
-    if together:
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        # gloo for what lies on the CPU in any case; while the first process writes the text, the others wait for hours
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-        quiet = quiet or dist.get_rank() > 0
-    try:
+    with _among_processes(device) as own:
         report = distill_again(
             folder,
             teacher,
@@ -180,16 +196,13 @@ def distill(
             setting,
             revision=revision,
             text=text,
-            device=device,
+            device=own,
             resume=resume,
             force=force,
             budget=None if time_budget is None else parse_duration(time_budget),
-            progress=Progress(quiet),
+            progress=Progress(quiet or not is_first()),
             command=command_line(),
         )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if report is None:
         return
     if as_json:
