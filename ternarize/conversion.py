@@ -49,7 +49,7 @@ from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import DEFAULT, Recipe
 from ternarize.refine import distill_folder
-from ternarize.report import RECIPE_FILE, LinearReport, Report, peak_memory, versions
+from ternarize.report import RECIPE_FILE, LinearReport, Report, peak_memory, used_device, versions
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import describe, resolve
 from ternarize.text import calibration_windows, fingerprint, load_tokenizer, read_files
@@ -153,7 +153,8 @@ def carry_out(job: Job, budget: float | None = None, command: str | None = None)
                 )
         student = load_any(work.final, job.device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
-    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory(), commands=[command] if command else [])
+    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory(), **used_device(job.device))
+    report.run["commands"] = [command] if command else []
     hub.save_report(work.final, report)
     work.publish()
     return report
@@ -280,7 +281,14 @@ def _calibration_ids(job: Job) -> Tensor | None:
         wanted = job.recipe.calibration
         folder = job.checkpoint.folder
         ids = calibration_windows(
-            wanted.text, folder, wanted.samples, wanted.length, wanted.seed, job.progress, job.checkpoint.model
+            wanted.text,
+            folder,
+            wanted.samples,
+            wanted.length,
+            wanted.seed,
+            job.progress,
+            job.checkpoint.model,
+            job.device,
         )
         vocabulary = job.checkpoint.config.get_text_config().vocab_size
         write_tensors(kept, {"ids": mix_random(ids, wanted, folder, vocabulary)})

@@ -26,6 +26,7 @@ from ternarize.architecture import linear_weight, linears
 from ternarize.calibration import product_dtype
 from ternarize.errors import TernarizeError
 from ternarize.files import write_tensors
+from ternarize.gradients import Gradients
 from ternarize.lesson import Lesson, Reader, note_bytes
 from ternarize.progress import Progress, size
 from ternarize.recipe import Distillation
@@ -99,7 +100,7 @@ def distill(
     modules = _make_learner(student, teacher, path, settings)
     depths = _depths(settings, len(list(student.get_submodule(path).children())))
     size_of_notes = note_bytes(taught.numel(), student.config.get_text_config().hidden_size, len(depths))
-    notes = _notes(settings, state, size_of_notes, progress)
+    notes = _notes(settings, state, size_of_notes, taught.device, progress)
     lesson = Lesson(Reader(student, path), Reader(teacher, path), depths, settings.off, settings.top, notes)
     with unpacked(student, product_dtype(taught.device)):  # its head; the blocks' linears are learners
         run = _teach(lesson, modules, taught, measured, settings, state, progress, budget)
@@ -130,6 +131,7 @@ def _teach(
     rank, world = _place()
     held = [(windows, lesson.ask(windows)[0]) for windows in measured.split(settings.batch)]
     run = _Run.start(modules, settings, lambda: lesson.held_out(held), state)
+    gradients = Gradients(lesson.loss, list(run.learning.values()))
     batches = len(taught) // (settings.batch * world)
     order = _order(len(taught), batches * settings.batch * world, settings).to(taught.device)
     steps = math.ceil(batches * settings.epochs)
@@ -145,7 +147,8 @@ def _teach(
                 break
             first = (run.step * world + rank) * settings.batch
             numbers = order[first : first + settings.batch]
-            run.learn(lesson.loss(taught[numbers], numbers.tolist()), share)
+            gradients(taught[numbers], numbers.tolist())
+            run.learn(share)
             run.seconds = time.monotonic() - started
             bar.update(1)
             if run.step % settings.check == 0:
@@ -205,9 +208,12 @@ def _depths(settings: Distillation, blocks: int) -> list[int]:
     return [round((d + 1) * blocks / settings.depths) for d in range(settings.depths)] if settings.off else []
 
 
-def _notes(settings: Distillation, state: Path, needed: int, progress: Progress) -> Path | None:
-    """Where to keep what the teacher says: beside `state`, if text is seen again and the disk has room for it."""
-    if settings.epochs <= 1:
+def _notes(settings: Distillation, state: Path, needed: int, device: torch.device, progress: Progress) -> Path | None:
+    """Where to keep what the teacher says: beside `state`, if text is seen again and the disk has room for it.
+
+    An accelerator asks the teacher again sooner than it reads from a disk.
+    """
+    if settings.epochs <= 1 or device.type != "cpu":
         return None
     free = shutil.disk_usage(state.parent).free
     if needed > free:
@@ -255,10 +261,8 @@ class _Run:
             run.check(0, None)
         return run
 
-    def learn(self, loss: Tensor, share: float) -> None:
-        """One step down a loss, `share` of the run being over."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def learn(self, share: float) -> None:
+        """One step down the gradients, `share` of the run being over."""
         step_optimizer(self.optimizer, schedule(share))
         self.step += 1
 

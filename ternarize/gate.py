@@ -21,7 +21,7 @@ from ternarize.calibration import Walk, finish_walk, first_held_out
 from ternarize.checkpoint import Checkpoint, place
 from ternarize.evaluate import Evaluation, Tally
 from ternarize.generation import ENDS, generation_settings
-from ternarize.lesson import PIECE_TOKENS
+from ternarize.lesson import piece_tokens
 from ternarize.plan import Plan
 from ternarize.recipe import Recipe
 
@@ -82,7 +82,7 @@ def compare_walks(
     windows = [(batch, row) for batch in range(first, len(ids)) for row in range(len(ids[batch]))]
     for batch, row in windows:
         own = ids[batch][row]
-        for places in torch.arange(len(own) - 1, device=own.device).split(PIECE_TOKENS):
+        for places in torch.arange(len(own) - 1, device=own.device).split(piece_tokens(own.device)):
             expected, answer = (
                 outside.read(walk, batch, row, places, own) for outside, walk in ((floats, teacher), (packed, student))
             )

@@ -32,6 +32,8 @@ from ternarize.tuning import off_loss
 
 PIECE_TOKENS = 128  # whose logits are in memory at once, where they are learnt from or compared
 LOGITS_AT_ONCE = 2**21  # that are made into distributions: float32 in pieces small enough that their memory is kept
+LARGER = 8  # times as many tokens at once on an accelerator, where starting a computation takes as long as a small one,
+MORE_LOGITS = 64  # and so many times as many logits
 
 
 def divergence(teacher: Tensor, student: Tensor, top: int = 0) -> Tensor:
@@ -73,10 +75,16 @@ class _Divergence(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None
 
 
+def piece_tokens(device: torch.device) -> int:
+    """How many tokens' logits are in memory at once there."""
+    return PIECE_TOKENS * (1 if device.type == "cpu" else LARGER)
+
+
 def row_slices(logits: Tensor) -> Iterator[slice]:
     """Slices of the rows of logits [N, V], `LOGITS_AT_ONCE` of them in each, or a row."""
     count, vocabulary = logits.shape
-    step = max(1, LOGITS_AT_ONCE // vocabulary)
+    at_once = LOGITS_AT_ONCE * (1 if logits.device.type == "cpu" else MORE_LOGITS)
+    step = max(1, at_once // vocabulary)
     return (slice(start, start + step) for start in range(0, count, step))
 
 
@@ -106,8 +114,8 @@ class _PiecewiseMean(torch.autograd.Function):
         learning = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if learning else hidden.new_empty(0)
         count, tokens = hidden.shape[:2]
-        width = max(1, PIECE_TOKENS // count)
-        mean = 0.0
+        width = max(1, piece_tokens(hidden.device) // count)
+        mean = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, tokens, width):
             part = slice(start, min(start + width, tokens))
             piece = hidden[:, part].detach().requires_grad_(learning)
@@ -115,9 +123,9 @@ class _PiecewiseMean(torch.autograd.Function):
                 value = loss(piece, part) * ((part.stop - start) / tokens)
             if learning:
                 (gradient[:, part],) = torch.autograd.grad(value, piece)
-            mean += float(value)
+            mean += value.detach()
         ctx.save_for_backward(gradient)
-        return torch.tensor(mean, device=hidden.device)
+        return mean.float()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -252,7 +260,7 @@ class Lesson:
             for row, file in enumerate(files):
                 write_tensors(file, {"hidden": torch.stack([part[row] for part in (hidden, *features)]).bfloat16()})
         noted = [load_file(file, device=str(windows.device))["hidden"] for file in files]
-        hidden, *features = torch.stack(noted, 1)
+        hidden, *features = torch.stack(noted, 1).to(self.teacher.model.dtype)
         return hidden, features
 
 

@@ -116,7 +116,7 @@ class Tuning(Learning):
 class Distillation(Learning):
     """Brief learning of the whole student from the whole teacher, at the end.
 
-    While there is more than one epoch, the teacher's hidden states are kept on disk, so that they are computed once.
+    While there is more than one epoch, a CPU keeps the teacher's hidden states on disk, so that they are computed once.
 
     Args:
         samples: windows of the calibration sources and length, drawn anew.

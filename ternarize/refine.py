@@ -22,7 +22,7 @@ from ternarize.plan import check_room, distillation_bytes
 from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
-from ternarize.report import RECIPE_FILE, Report, peak_memory
+from ternarize.report import RECIPE_FILE, Report, peak_memory, used_device
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import resolve
 from ternarize.text import calibration_windows, fingerprint, load_tokenizer, read_files
@@ -59,7 +59,7 @@ def distill_folder(
         TernarizeError: as `distill.distill`.
     """
     wanted = recipe.calibration
-    ids = _lesson_ids(work, checkpoint, recipe, progress)
+    ids = _lesson_ids(work, checkpoint, recipe, progress, device)
     teacher = checkpoint.skeleton()
     checkpoint.load(teacher, "")
     if autocast_enabled(torch.device(device)):
@@ -79,7 +79,7 @@ def distill_folder(
     return report, compare(student, teacher, held_out[-GATE_WINDOWS:], HELD_OUT, progress)
 
 
-def _lesson_ids(work: Workspace, checkpoint: Checkpoint, recipe: Recipe, progress: Progress) -> Tensor:
+def _lesson_ids(work: Workspace, checkpoint: Checkpoint, recipe: Recipe, progress: Progress, device: str) -> Tensor:
     """The windows of a distillation, int64 [B, T]; fixed by the first process of the first run, for all to see."""
     wanted = recipe.calibration
     if is_first() and not work.lesson.exists():
@@ -91,6 +91,7 @@ def _lesson_ids(work: Workspace, checkpoint: Checkpoint, recipe: Recipe, progres
             wanted.seed + 1,
             progress,
             checkpoint.model,
+            device,
         )
         write_tensors(work.lesson, {"ids": ids})
     together()
@@ -164,7 +165,8 @@ def distill_again(
         return None
     student = load_any(work.final, device, torch.float32)
     report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, None).to_dict()
-    report.run.update(seconds=round(report.run["seconds"] + work.spent(), 1), peak_memory=peak_memory())
+    seconds = round(report.run["seconds"] + work.spent(), 1)
+    report.run.update(seconds=seconds, peak_memory=peak_memory(), **used_device(device))
     for measured in ("evaluation", "tasks"):
         report.run.pop(measured, None)  # of the student before
     if command:

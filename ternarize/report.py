@@ -66,8 +66,8 @@ class Report:
         data: calibration sources, windows, tokens and the fingerprint of the token ids.
         versions: of the packages that computed.
         base: of the source, for the card: what `sources.describe` found.
-        run: what differs from run to run, or came later: seconds, peak_memory in bytes, commands as typed, evaluation,
-            tasks.
+        run: what differs from run to run, or came later: seconds, peak_memory in bytes, of a GPU its name as device
+            and device_memory, commands as typed, evaluation, tasks.
     """
 
     source: str
@@ -251,3 +251,10 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def used_device(device: str) -> dict[str, Any]:
+    """Name of the GPU that computed, and the most bytes of its memory that were in use; nothing on other devices."""
+    if torch.device(device).type != "cuda":
+        return {}
+    return {"device": torch.cuda.get_device_name(device), "device_memory": torch.cuda.max_memory_allocated(device)}

@@ -13,12 +13,14 @@ Shapes: B windows, T tokens in a window.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
@@ -30,7 +32,8 @@ from ternarize.reading import Item, Message, read, read_text
 from ternarize.sources import cache_folder
 
 READ_AHEAD = 4  # windows are drawn from a pool this many times larger, where the source has as much
-WRITER_BATCH = 64
+WRITER_BATCH = 64  # windows that a model writes side by side;
+LARGER_BATCH = 1024  # on an accelerator, if its memory holds them
 WRITER_VERSION = 3  # of the way `write_windows` works: part of the cache's key
 
 
@@ -102,6 +105,7 @@ def calibration_windows(
     seed: int,
     progress: Progress,
     writer: PreTrainedModel | None = None,
+    device: str = "cpu",
 ) -> Tensor:
     """Draw windows from a mixture of sources.
 
@@ -110,6 +114,7 @@ def calibration_windows(
         folder: the teacher's checkpoint, for its tokenizer and for `self`.
         samples, length: B windows of T tokens. A source with less text gives what it has, and the progress says so.
         writer: the teacher itself, where it is loaded: it writes `self`, and nothing is cached.
+        device: where the teacher writes if it is not loaded.
 
     Returns:
         int64 [B, T], shuffled.
@@ -126,7 +131,7 @@ def calibration_windows(
             in_float32 = writer if writer.dtype == torch.float32 else deepcopy(writer).float()
             part = write_windows(in_float32, tokenizer, wanted, length, seed, progress)
         elif name == "self":
-            part = self_windows(folder, wanted, length, seed, progress)
+            part = self_windows(folder, wanted, length, seed, progress, device)
         else:
             part = draw(windows(read(name), tokenizer, length, READ_AHEAD * wanted, name), wanted, seed + position)
         if len(part) < wanted:
@@ -265,17 +270,18 @@ def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, sou
 # -- the model's own text ------------------------------------------------------------------------------------------
 
 
-def self_windows(folder: Path, samples: int, length: int, seed: int, progress: Progress) -> Tensor:
+def self_windows(folder: Path, samples: int, length: int, seed: int, progress: Progress, device: str = "cpu") -> Tensor:
     """Text that the model writes itself, from the cache where it was written before; int64 [B, T]."""
     from safetensors.torch import load_file
 
-    key = f"{WRITER_VERSION}:{_checkpoint_key(folder)}:{samples}:{length}:{seed}"
+    place = torch.device(device).type
+    key = f"{WRITER_VERSION}:{_checkpoint_key(folder)}:{samples}:{length}:{seed}{'' if place == 'cpu' else f':{place}'}"
     path = cache_folder() / "self" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if path.is_file():
         return load_file(path)["ids"]
     tokenizer = load_tokenizer(folder)
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     ids = write_windows(model, tokenizer, samples, length, seed, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {"ids": ids})
@@ -310,11 +316,16 @@ def write_windows(
             prompt = torch.cat(
                 [p if p.shape[1] == shared else _sample(model, p, shared, seed, bar.update) for p in both]
             )
-        parts = [
-            _sample(model, part, length, seed + 1 + number, bar.update)
-            for number, part in enumerate(prompt.split(WRITER_BATCH))
-        ]
-    return torch.cat(parts)
+        batch = min(len(prompt), WRITER_BATCH if model.device.type == "cpu" else LARGER_BATCH)
+        smaller = (batch >> halvings for halvings in itertools.count(1))
+
+        @find_executable_batch_size(starting_batch_size=batch, reduce_batch_size_fn=lambda: next(smaller))
+        def write(side_by_side: int) -> Tensor:
+            parts = enumerate(prompt.split(side_by_side))
+            return torch.cat([_sample(model, part, length, seed + 1 + number, bar.update) for number, part in parts])
+
+        ids: Tensor = write()
+    return ids
 
 
 def _sample(model: Any, prompt: Tensor, length: int, seed: int, advance: Callable[[int], object]) -> Tensor:

@@ -58,6 +58,7 @@ class TrainableTernary(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         self.sharpness = math.inf
+        self.limits = None if start.levels is None else start.levels.limits.cpu()  # read as numbers, in every step
         self.register_buffer("scale_0", start.scale.float(), persistent=False)
         with_shift = start.shift is not None
         shift = start.shift.float() if start.shift is not None else torch.zeros_like(self.scale_0)
@@ -102,9 +103,9 @@ class TrainableTernary(nn.Module):
         return scale, shift
 
     def _round(self, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.levels is None:
+        if self.levels is None or self.limits is None:
             return scale.half().float(), None if shift is None else shift.half().float()
-        return round_levels(scale, shift, self.levels.scale_bits, self.levels.shift_bits, self.levels.limits)
+        return round_levels(scale, shift, self.levels.scale_bits, self.levels.shift_bits, self.limits)
 
     def position(self) -> Tensor:
         """Latents in units of twice the threshold, [O, I], which are rounded to trits; or the trits that stay, int8."""

@@ -242,6 +242,17 @@ def test_notes_are_kept_where_they_spare_something_and_fit(
     assert [path.name for path in tmp_path.iterdir()] == ["state"]  # no notes are left behind
 
 
+def test_notes_are_read_in_the_teachers_type(text: Path, tmp_path: Path) -> None:
+    """Gemma's norm keeps the type that it is given, and its head then wants that of its weight."""
+    source = make_checkpoint(tmp_path / "gemma", "gemma3_text")
+    convert(source, tmp_path / "ternary", make_recipe(text), progress=QUIET)
+    report = distill_again(
+        tmp_path / "ternary", source, tmp_path / "out", [*SETTINGS, "distill.epochs=2"], progress=QUIET
+    )
+    assert report is not None
+    assert report.run["distill"]["after"] < report.run["distill"]["before"]
+
+
 def test_a_time_budget_ends_the_run(ternary: Path, tmp_path: Path) -> None:
     student, teacher = models(ternary)
     settings = Distillation(epochs=100_000, batch=2, check=50, patience=10_000)

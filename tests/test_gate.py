@@ -33,7 +33,7 @@ def test_the_walks_end_gives_the_same_figures_as_whole_models(
         return original(*arguments)
 
     monkeypatch.setattr(conversion, "compare_walks", compare_walks)
-    monkeypatch.setattr(gate, "PIECE_TOKENS", 20)  # four pieces of a window, the last one short
+    monkeypatch.setattr("ternarize.lesson.PIECE_TOKENS", 20)  # four pieces of a window, the last one short
     report = convert(llama, tmp_path / "out", recipe, progress=QUIET)
     found = report.run["verdict"]["evaluation"]
     student, teacher = (load_any(folder, "cpu", torch.float32) for folder in (tmp_path / "out", llama))

@@ -51,6 +51,7 @@ ORDER = (
     "learnt",
     "tuning",
     "lesson",
+    "gradients",
     "distill",
     "plan",
     "block",

@@ -621,6 +621,23 @@ def test_writing_in_batches_repeats_nothing_and_counts_every_token(model: Any, m
     assert progress.done == progress.total == 120
 
 
+def test_what_memory_does_not_hold_side_by_side_is_written_in_smaller_batches(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    original = text._sample
+
+    def sample(model: Any, prompt: Tensor, *rest: Any) -> Tensor:
+        tried.append(len(prompt))
+        if len(prompt) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(model, prompt, *rest)
+
+    monkeypatch.setattr(text, "_sample", sample)
+    assert written(model, PLAIN, samples=5).shape == (5, 12)
+    assert tried == [5, 2, 2, 1]
+
+
 def test_a_template_that_refuses_or_hides_the_users_words_opens_nothing() -> None:
     tokenizer = make_tokenizer(chat=True)
     assert chat_opening(make_tokenizer()) == []

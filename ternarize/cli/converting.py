@@ -129,6 +129,7 @@ def _show(report: Report, source: str, target: Path, recipe: Recipe, progress: P
             f"{len(data_free)} experts saw too few calibration tokens and were fitted without data, "
             f"such as {data_free[0]}; more calibration.samples would reach them."
         )
+    rows = [("GPU", f"{run['device']}, {size(run['device_memory'])}")] if "device" in (run := report.run) else []
     table(
         [
             ("source", source),
@@ -137,8 +138,9 @@ def _show(report: Report, source: str, target: Path, recipe: Recipe, progress: P
             ("bits per ternary weight", f"{report.bits_per_ternary_weight:.3f}"),
             ("bits per weight, whole file", f"{report.bits_per_weight:.3f}"),
             ("mean relative error", f"{report.mean_error:.4f}"),
-            ("time", duration(report.run["seconds"])),
-            ("peak memory", size(report.run["peak_memory"]) if report.run["peak_memory"] else "not known here"),
+            ("time", duration(run["seconds"])),
+            ("peak memory", size(run["peak_memory"]) if run["peak_memory"] else "not known here"),
+            *rows,
         ]
     )
 

@@ -38,7 +38,7 @@ RESULT = ("seconds", "peak_memory", "linear_bytes", "linear_weights", "file_byte
 
 @dataclass(frozen=True)
 class Contender:
-    """A tool and its settings; `tool` is "ternarize", whose settings are "recipe" and the recipe's keys, or a peer."""
+    """A tool and its settings; `tool` is a peer, or "ternarize", with "recipe", its keys, and "device"."""
 
     tool: str
     settings: dict[str, str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Contender:
 
     def recipe(self) -> Recipe:
         """ternarize's recipe, settings applied."""
-        changes = [f"{key}={value}" for key, value in self.settings.items() if key != "recipe"]
+        changes = [f"{key}={value}" for key, value in self.settings.items() if key not in ("recipe", "device")]
         return Recipe.load(self.settings["recipe"]).with_settings(changes)
 
 
@@ -153,9 +153,10 @@ def ternarize_command(contender: Contender, inputs: Inputs, out: Path) -> list[s
     stated = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("calibration", {})
     shared = {"samples": inputs.ids.shape[0], "length": inputs.ids.shape[1], "seed": inputs.seed}
     settings = [f"calibration.{key}={value}" for key, value in shared.items() if key not in stated]
-    settings += [f"{key}={value}" for key, value in contender.settings.items() if key != "recipe"]
+    settings += [f"{key}={value}" for key, value in contender.settings.items() if key not in ("recipe", "device")]
     command = [sys.executable, "-m", "ternarize.cli", "convert", inputs.source, "--output", str(out)]
     command += ["--recipe", recipe, *(f"--text={text}" for text in inputs.texts)]
+    command += ["--device", contender.settings.get("device", "cpu")]
     return command + [f"--set={setting}" for setting in settings]
 
 
