@@ -165,7 +165,7 @@ def evaluate(
         if name == "self":
             if teacher is None:
                 raise TernarizeError("text self is what the teacher writes: give --teacher, or another --text.")
-            ids = self_windows(teacher, windows or 16, length, HELD_OUT_SEED, progress)
+            ids = self_windows(teacher, windows or 16, length, HELD_OUT_SEED, progress, device)
         elif name == "pydoc" and windows:
             ids = draw(evaluation_windows(read_whole(name), tokenizer, length, None), windows, seed=0)
         else:
@@ -180,9 +180,13 @@ def _label(name: str, texts: list[str], activations: str, dtype: torch.dtype) ->
     """What to call a measurement: the text, a file without its folder where no other is called so, and how it ran."""
     short = [Path(split_source(source)[0]).name for source in texts]
     whole = name in ("self", "pydoc") or short.count(Path(name).name) > 1
+    return ", ".join([name if whole else Path(name).name, *computed_in(activations, dtype)])
+
+
+def computed_in(activations: str, dtype: torch.dtype) -> list[str]:
+    """What is to be said of how a model ran; nothing where all was float32."""
     how = [] if activations == "float" else [f"{activations} activations"]
-    how += [] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")]
-    return ", ".join([name if whole else Path(name).name, *how])
+    return how + ([] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")])
 
 
 def save_evaluation(folder: Path, results: list[Evaluation]) -> None:

@@ -181,7 +181,8 @@ def _results(report: Report) -> list[EvalResult]:
             if _known(row[metric]):
                 found.append(result(row["text"], metric, name, row[metric]))
     for row in report.run.get("tasks", []):
-        found.append(result(row["task"], row["metric"], f"{row['metric']}, {row['items']} items", row["score"]))
+        label = ", ".join(filter(None, [row["metric"], f"{row['items']} items", row.get("how")]))
+        found.append(result(row["task"], row["metric"], label, row["score"]))
     return found
 
 
@@ -273,5 +274,6 @@ def task_table(tasks: list[dict[str, Any]]) -> str:
         percent = [f"{100 * row[key]:.1f} %" if row[key] is not None else "" for key in ("teacher", "score", "chance")]
         if row["stderr"] is not None:
             percent[1] += f" (standard error {100 * row['stderr']:.1f})"
-        lines.append(f"| {row['task']} | {row['items']:,} | {row['metric']} | {' | '.join(percent)} |")
+        task = ", ".join(filter(None, [row["task"], row.get("how")]))
+        lines.append(f"| {task} | {row['items']:,} | {row['metric']} | {' | '.join(percent)} |")
     return "\n".join([*lines, "", f"Scored by lm-eval {tasks[-1]['lm_eval']}, without examples in the prompt."])

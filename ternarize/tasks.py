@@ -27,7 +27,7 @@ import torch
 
 from ternarize import hub
 from ternarize.errors import TernarizeError, first_line
-from ternarize.evaluate import load_any
+from ternarize.evaluate import computed_in, load_any
 from ternarize.progress import Progress
 from ternarize.reading import read_text
 from ternarize.report import REPORT_FILE, Report
@@ -67,6 +67,7 @@ class Score:
         stderr: standard error of an accuracy over the items.
         chance: what guessing scores, where the items have choices.
         lm_eval: its version.
+        how: the model ran, where not all was float32: "int8 activations", "bfloat16".
     """
 
     task: str
@@ -77,6 +78,7 @@ class Score:
     chance: float | None
     lm_eval: str
     teacher: float | None = None
+    how: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -131,15 +133,28 @@ def evaluate_tasks(
         model = load_any(path, device, dtype, activations)
         rows.append(score_tasks(model, load_tokenizer(path), names, data, items, batch_size, progress))
         del model
-    found = rows[0]
+    how = ", ".join(computed_in(activations, dtype))
+    found = [replace(mine, how=how) for mine in rows[0]]
     if teacher is not None:
-        found = [replace(mine, teacher=other.score) for mine, other in zip(*rows, strict=True)]
+        found = [replace(mine, teacher=other.score) for mine, other in zip(found, rows[1], strict=True)]
     if save and (folder / REPORT_FILE).is_file():
-        report = Report.read(folder)
-        kept = {row["task"]: row for row in report.run.get("tasks", [])} | {s.task: s.to_dict() for s in found}
-        report.run["tasks"] = list(kept.values())
-        hub.save_report(folder, report)
+        save_scores(folder, found)
     return found
+
+
+def save_scores(folder: Path, found: list[Score]) -> None:
+    """Write scores into report.json and the card; a task scored again, run alike, replaces its old row.
+
+    Not one that has the teacher beside it on as many items, where the new one has not.
+    """
+    report = Report.read(folder)
+    rows = {(row["task"], row.get("how", "")): row for row in report.run.get("tasks", [])}
+    for score in found:
+        old = rows.get((score.task, score.how), {})
+        if score.teacher is not None or old.get("teacher") is None or old["items"] < score.items:
+            rows[score.task, score.how] = score.to_dict()
+    report.run["tasks"] = list(rows.values())
+    hub.save_report(folder, report)
 
 
 def score_tasks(

@@ -69,6 +69,26 @@ def test_teacher_stands_beside_student_in_report_and_card(
     assert Report.read(folder).run["tasks"] == rows
 
 
+def test_scores_of_other_runs_stand_beside_each_other(
+    ternary: Path, llama: Path, data: Path, run: Run, tmp_path: Path
+) -> None:
+    folder = copy_folder(ternary, tmp_path / "copy")
+    wanted = ["evaluate", folder, "--tasks", "piqa", "--task-data", data, "--quiet"]
+    for options in (["--teacher", llama], ["--dtype", "bfloat16", "--activations", "int8"], []):
+        code, _, err = run(*wanted, *options)
+        assert code == 0, err
+    first, second = Report.read(folder).run["tasks"]
+    assert first["how"] == ""
+    assert first["teacher"] is not None  # not replaced by the last, which has none
+    assert second["how"] == "int8 activations, bfloat16"
+    card = ModelCard((folder / "README.md").read_text())
+    assert "| piqa | 12 |" in card.text
+    assert "| piqa, int8 activations, bfloat16 | 12 |" in card.text
+    (index,) = card.data.to_dict()["model-index"]
+    names = [metric["name"] for result in index["results"] for metric in result["metrics"]]
+    assert names == ["acc_norm, 12 items", "acc_norm, 12 items, int8 activations, bfloat16"]
+
+
 def test_perfect_scores_are_counted(llama: Path, data: Path, tmp_path: Path) -> None:
     """Items whose label is what the model chose are all right, and with the other label all wrong."""
     items = [json.loads(line) for line in (data / "piqa_valid.jsonl").read_text().splitlines()]
