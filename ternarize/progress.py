@@ -23,7 +23,7 @@ class Bar(Protocol):
     """What a long loop needs of its bar."""
 
     def update(self, n: int = 1) -> object:
-        """Advance by `n`."""
+        """Advance by `n`; back, where it is negative."""
 
 
 class _Lines:
@@ -37,7 +37,7 @@ class _Lines:
         """Advance by `n`."""
         self.done += n
         now = time.monotonic()
-        if now - self.printed >= LINE_EVERY and self.done < self.total:
+        if now - self.printed >= LINE_EVERY and 0 < self.done < self.total:
             left = (now - self.started) / self.done * (self.total - self.done)
             self.printed = now
             print(

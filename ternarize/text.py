@@ -318,11 +318,18 @@ def write_windows(
             )
         batch = min(len(prompt), WRITER_BATCH if model.device.type == "cpu" else LARGER_BATCH)
         smaller = (batch >> halvings for halvings in itertools.count(1))
+        counted = 0
+
+        def count(tokens: int) -> None:
+            nonlocal counted
+            counted += tokens
+            bar.update(tokens)
 
         @find_executable_batch_size(starting_batch_size=batch, reduce_batch_size_fn=lambda: next(smaller))
         def write(side_by_side: int) -> Tensor:
+            count(-counted)  # what a larger batch came to before memory ran out
             parts = enumerate(prompt.split(side_by_side))
-            return torch.cat([_sample(model, part, length, seed + 1 + number, bar.update) for number, part in parts])
+            return torch.cat([_sample(model, part, length, seed + 1 + number, count) for number, part in parts])
 
         ids: Tensor = write()
     return ids

@@ -627,15 +627,18 @@ def test_what_memory_does_not_hold_side_by_side_is_written_in_smaller_batches(
     tried: list[int] = []
     original = text._sample
 
-    def sample(model: Any, prompt: Tensor, *rest: Any) -> Tensor:
+    def sample(model: Any, prompt: Tensor, length: int, seed: int, advance: Any) -> Tensor:
         tried.append(len(prompt))
         if len(prompt) > 2:
+            advance(len(prompt))
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return original(model, prompt, *rest)
+        return original(model, prompt, length, seed, advance)
 
     monkeypatch.setattr(text, "_sample", sample)
-    assert written(model, PLAIN, samples=5).shape == (5, 12)
+    progress = Recorder()
+    assert write_windows(model, PLAIN, 5, 12, 0, progress).shape == (5, 12)
     assert tried == [5, 2, 2, 1]
+    assert progress.done == progress.total == 60
 
 
 def test_a_template_that_refuses_or_hides_the_users_words_opens_nothing() -> None:
