@@ -31,7 +31,7 @@ from ternarize import hub
 from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import advance, convert_window, pack_embeddings, replay_block
 from ternarize.budget import spend
-from ternarize.calibration import Walk, batches, mix_random, start_walk
+from ternarize.calibration import Walk, batches, draw_windows, mix_random, start_walk
 from ternarize.checkpoint import Checkpoint, place, release, tied_parameters
 from ternarize.choice import make_layout
 from ternarize.distill import check_windows
@@ -49,10 +49,10 @@ from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import DEFAULT, Recipe
 from ternarize.refine import distill_folder
-from ternarize.report import RECIPE_FILE, LinearReport, Report, peak_memory, used_device, versions
+from ternarize.report import RECIPE_FILE, LinearReport, Report, memory_used, versions
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import describe, resolve
-from ternarize.text import calibration_windows, fingerprint, load_tokenizer, read_files
+from ternarize.text import fingerprint, load_tokenizer, read_files
 from ternarize.workspace import ENDING, OUTSIDE, Workspace, arguments
 
 LEAST_TIME = 60.0  # seconds, below which a distillation is not begun
@@ -153,8 +153,7 @@ def carry_out(job: Job, budget: float | None = None, command: str | None = None)
                 )
         student = load_any(work.final, job.device, torch.float32)
         report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, ids).to_dict()
-    report.run.update(seconds=round(work.spent(), 1), peak_memory=peak_memory(), **used_device(job.device))
-    report.run["commands"] = [command] if command else []
+    report.run.update(seconds=round(work.spent(), 1), commands=[command] if command else [], **memory_used(job.device))
     hub.save_report(work.final, report)
     work.publish()
     return report
@@ -279,19 +278,9 @@ def _calibration_ids(job: Job) -> Tensor | None:
     kept = job.work.calibration
     if not kept.exists():
         wanted = job.recipe.calibration
-        folder = job.checkpoint.folder
-        ids = calibration_windows(
-            wanted.text,
-            folder,
-            wanted.samples,
-            wanted.length,
-            wanted.seed,
-            job.progress,
-            job.checkpoint.model,
-            job.device,
-        )
+        ids = draw_windows(job.checkpoint, wanted, job.progress, job.device)
         vocabulary = job.checkpoint.config.get_text_config().vocab_size
-        write_tensors(kept, {"ids": mix_random(ids, wanted, folder, vocabulary)})
+        write_tensors(kept, {"ids": mix_random(ids, wanted, job.checkpoint.folder, vocabulary)})
     return load_file(kept)["ids"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ternarize import hub
 from ternarize.architecture import find_blocks
-from ternarize.calibration import autocast_enabled
+from ternarize.calibration import autocast_enabled, draw_windows
 from ternarize.checkpoint import Checkpoint
 from ternarize.distill import distill, is_first, set_apart, together
 from ternarize.errors import TernarizeError
@@ -22,10 +22,10 @@ from ternarize.plan import check_room, distillation_bytes
 from ternarize.process import kept_memory
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
-from ternarize.report import RECIPE_FILE, Report, peak_memory, used_device
+from ternarize.report import RECIPE_FILE, Report, memory_used
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import resolve
-from ternarize.text import calibration_windows, fingerprint, load_tokenizer, read_files
+from ternarize.text import fingerprint, load_tokenizer, read_files
 from ternarize.workspace import Workspace, arguments
 
 GATE_WINDOWS = 8  # at most, on which a distilled student is compared with its teacher
@@ -83,16 +83,8 @@ def _lesson_ids(work: Workspace, checkpoint: Checkpoint, recipe: Recipe, progres
     """The windows of a distillation, int64 [B, T]; fixed by the first process of the first run, for all to see."""
     wanted = recipe.calibration
     if is_first() and not work.lesson.exists():
-        ids = calibration_windows(
-            wanted.text,
-            checkpoint.folder,
-            recipe.distill.samples,
-            wanted.length,
-            wanted.seed + 1,
-            progress,
-            checkpoint.model,
-            device,
-        )
+        others = replace(wanted, samples=recipe.distill.samples, seed=wanted.seed + 1)
+        ids = draw_windows(checkpoint, others, progress, device)
         write_tensors(work.lesson, {"ids": ids})
     together()
     return load_file(work.lesson)["ids"]
@@ -165,8 +157,7 @@ def distill_again(
         return None
     student = load_any(work.final, device, torch.float32)
     report.run["verdict"] = judge(student, load_tokenizer(work.final), evaluation, None).to_dict()
-    seconds = round(report.run["seconds"] + work.spent(), 1)
-    report.run.update(seconds=seconds, peak_memory=peak_memory(), **used_device(device))
+    report.run.update(seconds=round(report.run["seconds"] + work.spent(), 1), **memory_used(device))
     for measured in ("evaluation", "tasks"):
         report.run.pop(measured, None)  # of the student before
     if command:

@@ -253,8 +253,10 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def used_device(device: str) -> dict[str, Any]:
-    """Name of the GPU that computed, and the most bytes of its memory that were in use; nothing on other devices."""
-    if torch.device(device).type != "cuda":
-        return {}
-    return {"device": torch.cuda.get_device_name(device), "device_memory": torch.cuda.max_memory_allocated(device)}
+def memory_used(device: str) -> dict[str, Any]:
+    """For a report's `run`: peak_memory; of a GPU that computed its name, and the most bytes in use there, too."""
+    used: dict[str, Any] = {"peak_memory": peak_memory()}
+    if torch.device(device).type == "cuda":
+        used["device"] = torch.cuda.get_device_name(device)
+        used["device_memory"] = torch.cuda.max_memory_allocated(device)
+    return used

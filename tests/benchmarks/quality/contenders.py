@@ -53,8 +53,11 @@ class Contender:
 
     def recipe(self) -> Recipe:
         """ternarize's recipe, settings applied."""
-        changes = [f"{key}={value}" for key, value in self.settings.items() if key not in ("recipe", "device")]
-        return Recipe.load(self.settings["recipe"]).with_settings(changes)
+        return Recipe.load(self.settings["recipe"]).with_settings(self.changes())
+
+    def changes(self) -> list[str]:
+        """Of the recipe, `key=value`."""
+        return [f"{key}={value}" for key, value in self.settings.items() if key not in ("recipe", "device")]
 
 
 CONTENDERS = {
@@ -153,7 +156,7 @@ def ternarize_command(contender: Contender, inputs: Inputs, out: Path) -> list[s
     stated = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("calibration", {})
     shared = {"samples": inputs.ids.shape[0], "length": inputs.ids.shape[1], "seed": inputs.seed}
     settings = [f"calibration.{key}={value}" for key, value in shared.items() if key not in stated]
-    settings += [f"{key}={value}" for key, value in contender.settings.items() if key not in ("recipe", "device")]
+    settings += contender.changes()
     command = [sys.executable, "-m", "ternarize.cli", "convert", inputs.source, "--output", str(out)]
     command += ["--recipe", recipe, *(f"--text={text}" for text in inputs.texts)]
     command += ["--device", contender.settings.get("device", "cpu")]
