@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, St
 import ternarize
 from ternarize import TernaryLinear, TernaryTensor, decoder
 from ternarize.architecture import find_blocks, linears, replace_module
+from ternarize.decoder import forward
 from ternarize.decoder.cache import CACHE
 from ternarize.kernels import cpu
 from ternarize.kernels.decoder import NativeDecoder
@@ -79,7 +80,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counts:
     """Counts what runs natively."""
     count = Counts([0])
     count.prompts = []
-    one, many = NativeDecoder.step, decoder.read_prompt
+    one, many = NativeDecoder.step, forward.read_prompt
 
     def step(self: NativeDecoder, *arguments: Any) -> Tensor:
         count[0] += 1
@@ -90,7 +91,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counts:
         return many(*arguments)
 
     monkeypatch.setattr(NativeDecoder, "step", step)
-    monkeypatch.setattr(decoder, "read_prompt", read)
+    monkeypatch.setattr(forward, "read_prompt", read)
     return count
 
 
@@ -147,6 +148,8 @@ def test_a_cache_that_keeps_all_positions_serves_windows_too(family: str, steps:
     [
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1, "num_attention_heads": 8, "head_dim": 10},
+        {"num_key_value_heads": 3, "num_attention_heads": 9, "head_dim": 64, "hidden_size": 36},
+        {"num_key_value_heads": 2, "num_attention_heads": 14, "head_dim": 38, "hidden_size": 28},
         {"attention_bias": True, "mlp_bias": True},
         {"intermediate_size": 41, "hidden_size": 36, "head_dim": 34, "tie_word_embeddings": True},
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},

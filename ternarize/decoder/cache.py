@@ -43,24 +43,27 @@ class Shelf:
         for layer, keys, values in zip(self.layers, self.views[::2], self.views[1::2], strict=True):
             layer.keys, layer.values = keys, values
 
+    def has_room(self) -> bool:
+        """For one position more."""
+        return self.end < self.memory.shape[-2]
+
     def goes_on(self, past: int) -> bool:
         """Whether the layers still hold what they were shown, of `past` tokens, and there is room for one more."""
         held = [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
         same = all(map(operator.is_, held, self.views))
-        return same and self.end < self.memory.shape[-2] and _filled(self.layers, self.window, past)
+        return same and self.has_room() and _filled(self.layers, self.window, past)
 
     def native(self) -> NativeCache:
         """As the library takes it."""
         return NativeCache.of(self.memory, self.first, self.end)
 
     def advance(self) -> None:
-        """Show the position that a step added."""
+        """Count the position that a step added."""
         self.end += 1
         if self.window:
             self.first = max(self.first, self.end - self.window + 1)
             for layer in self.layers:
                 layer.cumulative_length += 1
-        self.show()
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,21 @@ class Sequence:
         same = all(map(operator.is_, layers, known)) and len(cache.layers) == len(known)
         return same and all(shelf.goes_on(past) for shelf in self.shelves) and self.plan.facts.undisturbed()
 
+    def has_room(self) -> bool:
+        """For one token more."""
+        return all(shelf.has_room() for shelf in self.shelves)
+
     def step(self, x: Tensor, ropes: Tensor) -> Tensor:
-        """One token: float32 x [H] and ropes [R, 2, D] -> float32 [H]."""
+        """One token: float32 x [H] and ropes [R, 2, D] -> float32 [H]; the cache does not show it until `show`."""
         out = self.plan.decoder.step(x, ropes, [shelf.native() for shelf in self.shelves])
         for shelf in self.shelves:
             shelf.advance()
         return out
+
+    def show(self) -> None:
+        """Let the layers of the cache hold what is there."""
+        for shelf in self.shelves:
+            shelf.show()
 
 
 def start_sequence(plan: Plan, cache: DynamicCache, past: int) -> Sequence | None:

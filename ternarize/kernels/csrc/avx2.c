@@ -41,6 +41,12 @@ static inline fvec f_halves(const uint8_t *halves) {
                   _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + 16)))};
 }
 
+static inline fvec f_bfloats(const uint8_t *halves) {
+    const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)halves));
+    const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(halves + 16)));
+    return (fvec){_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+}
+
 static inline codes unpack(const uint8_t *bytes) {
     return (codes){_mm256_loadu_si256((const __m256i *)bytes), _mm256_loadu_si256((const __m256i *)(bytes + 32))};
 }

@@ -23,6 +23,10 @@ static inline float f_sum(fvec a) { return _mm512_reduce_add_ps(a); }
 static inline fvec f_halves(const uint8_t *halves) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
 }
+static inline fvec f_bfloats(const uint8_t *halves) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)halves));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 
 static inline ivec four(const int8_t *x) {
     int32_t bits;

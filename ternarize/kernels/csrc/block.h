@@ -49,11 +49,17 @@ static void rotate(float *head, const float *rope, int64_t size) {
     }
 }
 
-/* Columns of a row of keys or values as floats, in `room` where they have to be converted. */
-static ALWAYS_INLINE const float *read_row(const char *rows, int dtype, int64_t at, int columns, float *room) {
-    if (dtype == TZ_FLOAT32) return (const float *)rows + at;
-    read_activations(rows, dtype, at, columns, room);
-    return room;
+/* Sixteen floats of a row of keys or values, and one. */
+static ALWAYS_INLINE fvec load_some(const int dtype, const char *rows, int64_t at) {
+    if (dtype == TZ_FLOAT32) return f_load((const float *)rows + at);
+    const uint8_t *halves = (const uint8_t *)rows + at * HALF_BYTES;
+    return dtype == TZ_BFLOAT16 ? f_bfloats(halves) : f_halves(halves);
+}
+
+static ALWAYS_INLINE float load_one(const int dtype, const char *rows, int64_t at) {
+    if (dtype == TZ_FLOAT32) return ((const float *)rows)[at];
+    const uint16_t half = ((const uint16_t *)rows)[at];
+    return dtype == TZ_BFLOAT16 ? from_bfloat16(half) : from_float16(half);
 }
 
 static ALWAYS_INLINE float largest_score(const float *scores, int64_t count) {
@@ -76,69 +82,92 @@ static ALWAYS_INLINE float sum_scores(const float *scores, int64_t count) {
     return sum;
 }
 
-/* Products of a query with TOGETHER keys, so that no sum waits for itself. */
-static ALWAYS_INLINE void score_some(const tz_attention *a, const float *query, int64_t first, float *scores) {
+/* Products of `heads` queries with `keys` keys, of position `first` and on: as many sums as stay in registers. */
+static ALWAYS_INLINE void score_some(const int heads, const int keys, const int dtype, const tz_attention *a,
+                                     const float *query, int64_t first, float *scores) {
     const int64_t size = a->size, whole = size / LANES * LANES;
-    float room[TOGETHER][HEAD_SIZE];
-    const float *key[TOGETHER];
     fvec sum[TOGETHER];
-    UNROLL for (int p = 0; p < TOGETHER; p++) {
-        key[p] = read_row(a->keys, a->dtype, (first + p) * size, (int)size, room[p]);
-        sum[p] = f_set(0);
-    }
-    for (int64_t i = 0; i < whole; i += LANES) {
-        const fvec q = f_load(query + i);
-        UNROLL for (int p = 0; p < TOGETHER; p++) sum[p] = f_fma(q, f_load(key[p] + i), sum[p]);
-    }
-    UNROLL for (int p = 0; p < TOGETHER; p++) {
-        float score = f_sum(sum[p]);
-        for (int64_t i = whole; i < size; i++) score += query[i] * key[p][i];
-        scores[first + p] = score * a->scale;
-    }
+    UNROLL for (int s = 0; s < heads * keys; s++) sum[s] = f_set(0);
+    for (int64_t i = 0; i < whole; i += LANES)
+        UNROLL for (int k = 0; k < keys; k++) {
+            const fvec key = load_some(dtype, a->keys, (first + k) * size + i);
+            UNROLL for (int h = 0; h < heads; h++)
+                sum[h * keys + k] = f_fma(f_load(query + h * size + i), key, sum[h * keys + k]);
+        }
+    UNROLL for (int k = 0; k < keys; k++)
+        UNROLL for (int h = 0; h < heads; h++) {
+            float score = f_sum(sum[h * keys + k]);
+            for (int64_t i = whole; i < size; i++)
+                score += query[h * size + i] * load_one(dtype, a->keys, (first + k) * size + i);
+            scores[h * a->positions + first + k] = score * a->scale;
+        }
 }
 
-static void score(const tz_attention *a, const float *query, float *scores) {
-    float room[HEAD_SIZE];
-    int64_t p = 0;
-    for (; p + TOGETHER <= a->positions; p += TOGETHER) score_some(a, query, p, scores);
-    for (; p < a->positions; p++)
-        scores[p] = dot(query, read_row(a->keys, a->dtype, p * a->size, (int)a->size, room), a->size) * a->scale;
-}
-
-/* Columns first .. first + TOGETHER * LANES of the sum of values, each times its weight; sums stay in registers. */
-static ALWAYS_INLINE void mix_some(const tz_attention *a, const float *weights, int64_t first, float *out) {
-    float room[TOGETHER * LANES];
+/* `parts` times 16 columns from `first` on of the sums of values, each times its weight in one of `heads` heads. */
+static ALWAYS_INLINE void mix_some(const int heads, const int parts, const int dtype, const tz_attention *a,
+                                   const float *weights, int64_t first, float *out) {
     fvec sum[TOGETHER];
-    UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] = f_set(0);
-    for (int64_t p = 0; p < a->positions; p++) {
-        const float *value = read_row(a->values, a->dtype, p * a->size + first, TOGETHER * LANES, room);
-        const fvec weight = f_set(weights[p]);
-        UNROLL for (int i = 0; i < TOGETHER; i++) sum[i] = f_fma(weight, f_load(value + i * LANES), sum[i]);
-    }
-    UNROLL for (int i = 0; i < TOGETHER; i++) f_store(out + first + i * LANES, sum[i]);
+    UNROLL for (int s = 0; s < heads * parts; s++) sum[s] = f_set(0);
+    for (int64_t p = 0; p < a->positions; p++)
+        UNROLL for (int i = 0; i < parts; i++) {
+            const fvec value = load_some(dtype, a->values, p * a->size + first + i * LANES);
+            UNROLL for (int h = 0; h < heads; h++)
+                sum[h * parts + i] = f_fma(f_set(weights[h * a->positions + p]), value, sum[h * parts + i]);
+        }
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < parts; i++) f_store(out + h * a->size + first + i * LANES, sum[h * parts + i]);
 }
 
-static void mix(const tz_attention *a, const float *weights, float *restrict out) {
-    int64_t first = 0;
-    for (; first + TOGETHER * LANES <= a->size; first += TOGETHER * LANES) mix_some(a, weights, first, out);
-    const int rest = (int)(a->size - first);
-    float room[TOGETHER * LANES], sum[TOGETHER * LANES] = {0};
-    for (int64_t p = 0; rest > 0 && p < a->positions; p++) {
-        const float *value = read_row(a->values, a->dtype, p * a->size + first, rest, room);
-        for (int i = 0; i < rest; i++) sum[i] += weights[p] * value[i];
-    }
-    memcpy(out + first, sum, (size_t)rest * sizeof(float));
+static ALWAYS_INLINE void mix_rest(const int heads, const int dtype, const tz_attention *a, const float *weights,
+                                   int64_t first, float *out) {
+    for (int h = 0; h < heads; h++)
+        for (int64_t i = first; i < a->size; i++) {
+            float sum = 0;
+            for (int64_t p = 0; p < a->positions; p++)
+                sum += weights[h * a->positions + p] * load_one(dtype, a->values, p * a->size + i);
+            out[h * a->size + i] = sum;
+        }
 }
 
-/* One head's attention: query [size], scores [positions] for its own use, out [size]. */
-static void attend(const tz_attention *a, const float *query, float *restrict scores, float *restrict out) {
-    score(a, query, scores);
-    const float largest = largest_score(scores, a->positions);
-    for (int64_t p = 0; p < a->positions; p++) scores[p] = exp_of(scores[p] - largest);
-    const float sum = sum_scores(scores, a->positions);
-    mix(a, scores, out);
-    for (int64_t i = 0; i < a->size; i++) out[i] /= sum;
+/* Scores become weights that add up to what is returned. */
+static float weigh(float *scores, int64_t count) {
+    const float largest = largest_score(scores, count);
+    for (int64_t p = 0; p < count; p++) scores[p] = exp_of(scores[p] - largest);
+    return sum_scores(scores, count);
 }
+
+static ALWAYS_INLINE void attend_some(const int heads, const int dtype, const tz_attention *a, const float *query,
+                                      float *restrict scores, float *restrict out) {
+    const int along = TOGETHER / heads;
+    float sum[TOGETHER];
+    int64_t p = 0, i = 0;
+    for (; p + along <= a->positions; p += along) score_some(heads, along, dtype, a, query, p, scores);
+    for (; p < a->positions; p++) score_some(heads, 1, dtype, a, query, p, scores);
+    for (int h = 0; h < heads; h++) sum[h] = weigh(scores + h * a->positions, a->positions);
+    for (; i + along * LANES <= a->size; i += along * LANES) mix_some(heads, along, dtype, a, scores, i, out);
+    for (; i + LANES <= a->size; i += LANES) mix_some(heads, 1, dtype, a, scores, i, out);
+    mix_rest(heads, dtype, a, scores, i, out);
+    for (int h = 0; h < heads; h++)
+        for (i = 0; i < a->size; i++) out[h * a->size + i] /= sum[h];
+}
+
+#define WITH(n)                                                                                            \
+    (a->dtype == TZ_FLOAT32    ? attend_some(n, TZ_FLOAT32, a, query, scores, out)                         \
+     : a->dtype == TZ_BFLOAT16 ? attend_some(n, TZ_BFLOAT16, a, query, scores, out)                        \
+                               : attend_some(n, TZ_FLOAT16, a, query, scores, out))
+
+/* Heads that share keys and values, which are read and made floats once for TOGETHER of them: query [heads][size],
+ * scores [heads][positions] for their own use, out [heads][size]. */
+static void attend(const tz_attention *a, int64_t heads, const float *query, float *scores, float *out) {
+    for (int64_t head = 0; head < heads; head += TOGETHER) {
+        const int count = (int)(heads - head < TOGETHER ? heads - head : TOGETHER);
+        UP_TO_4(WITH)
+        query += count * a->size;
+        scores += count * a->positions;
+        out += count * a->size;
+    }
+}
+#undef WITH
 
 /* out = activation(out) * up, 16 rows of each. */
 static void gate(const float *restrict up, int activation, float *restrict out) {

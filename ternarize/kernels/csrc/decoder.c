@@ -9,7 +9,7 @@
 #include "floats.h"
 #include "threads.h"
 
-enum { MOST_SHARING = 3, LEAST_WORK = 1 << 16 };
+enum { MOST_SHARING = 3, HEADS_AT_ONCE = 4, LEAST_WORK = 1 << 16 };
 
 /* -- a model's description --------------------------------------------------------------------------------------- */
 
@@ -172,11 +172,22 @@ static void attend(void *context, int64_t first, int64_t last) {
     const tz_cache *c = s->cache;
     const int64_t size = s->d->head_size, sharing = s->d->heads / s->d->key_heads, window = s->block->window;
     const int64_t from = window > 0 && c->end + 1 - window > c->first ? c->end + 1 - window : c->first;
-    for (int64_t head = first; head < last; head++) {
+    for (int64_t head = first; head < last;) {
+        const int64_t others = (head / sharing + 1) * sharing, end = last < others ? last : others;
         const char *keys = cached(s, 0, head / sharing, from), *values = cached(s, 1, head / sharing, from);
         const tz_attention a = {keys, values, c->end + 1 - from, size, s->block->scale, c->dtype};
-        s->d->kernels->attend(&a, s->query + head * size, s->scores + head * s->positions, s->mixed + head * size);
+        float *scores = s->scores + head * s->positions;
+        s->d->kernels->attend(&a, end - head, s->query + head * size, scores, s->mixed + head * size);
+        head = end;
     }
+}
+
+/* Heads of one piece of work: some that share their keys, if there is one for each thread. */
+static int64_t heads_at_once(const tz_decoder *d, int threads) {
+    const int64_t sharing = d->heads / d->key_heads;
+    int64_t count = HEADS_AT_ONCE;
+    while (sharing % count || d->heads / count < threads) count--;
+    return count;
 }
 
 static void run_attention(step *s, const float *ropes) {
@@ -190,7 +201,8 @@ static void run_attention(step *s, const float *ropes) {
     tz_turn_heads(d, s->block, TZ_KEY_NORM, ropes, d->key_heads, s->key);
     write_cache(s, 0, s->key);
     write_cache(s, 1, s->value);
-    tz_run(attend, s, d->heads, 1, useful_threads(s, 2.0 * (double)(d->heads * d->head_size * s->positions)));
+    const int threads = useful_threads(s, 2.0 * (double)(d->heads * d->head_size * s->positions));
+    tz_run(attend, s, d->heads, heads_at_once(d, threads), threads);
     run_product(&out, s->mixed, multiply, 1);
     tz_add_branch(d, s->block, TZ_ATTENTION_END_NORM, s->branch, s->x);
 }

@@ -9,7 +9,7 @@ typedef struct {
     float epsilon;
 } tz_norm;
 
-/* The keys and values [positions][size] in `dtype` that one head sees. */
+/* The keys and values [positions][size] in `dtype` that a head sees, or several. */
 typedef struct {
     const char *keys, *values;
     int64_t positions, size;
@@ -36,7 +36,7 @@ typedef struct {
     /* What a block does between its linears (see block.h). */
     void (*normalize)(const float *x, const tz_norm *, int64_t size, float *out);
     void (*rotate)(float *head, const float *rope, int64_t size);
-    void (*attend)(const tz_attention *, const float *query, float *scores, float *out);
+    void (*attend)(const tz_attention *, int64_t heads, const float *query, float *scores, float *out);
     void (*gate)(const float *up, int activation, float *out);
 
     /* For many tokens, in tiles of WIDE_TILE, where there is something faster; else NULL. Bytes for their activations,

@@ -47,6 +47,11 @@ static inline fvec f_halves(const uint8_t *halves) {
     EACH out.val[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(halves + 8 * i)));
     return out;
 }
+static inline fvec f_bfloats(const uint8_t *halves) {
+    fvec out;
+    EACH out.val[i] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(halves + 8 * i)), 16));
+    return out;
+}
 
 static inline int8x16_t two_bits(uint8x16_t bytes) { return vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(3))); }
 

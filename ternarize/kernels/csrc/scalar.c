@@ -61,6 +61,13 @@ static inline fvec f_halves(const uint8_t *halves) {
     EACH_LANE out.lane[i] = half_scalar(halves + HALF_BYTES * i);
     return out;
 }
+static inline fvec f_bfloats(const uint8_t *halves) {
+    uint16_t half[ROWS];
+    fvec out;
+    memcpy(half, halves, sizeof half);
+    EACH_LANE out.lane[i] = from_bfloat16(half[i]);
+    return out;
+}
 
 static inline codes unpack(const uint8_t *bytes) {
     codes out;

@@ -273,24 +273,21 @@ static ALWAYS_INLINE void table_row(const int count, const int exact, const tz_s
     UNROLL for (int m = 0; m < count; m++) y[m * ROWS] = f_sum(out[m]);
 }
 
-/* TOGETHER rows and one token with int8 activations, which are read once for all; all pieces have 64 columns. */
-static ALWAYS_INLINE void table_rows(const int six, const tz_shape *s, const uint8_t *records, const tz_tokens *t,
-                                     int64_t first, float *y) {
-    const int64_t size = s->record_bytes, places = first * s->pieces;
+/* One row and one token with int8 activations; all pieces have 64 columns. */
+static ALWAYS_INLINE float table_whole(const int six, const tz_shape *s, const uint8_t *record, const tz_tokens *t,
+                                       int64_t first) {
+    const int bytes = six ? SIX_BYTES : TABLE_PIECE;
+    const int64_t places = first * s->pieces;
+    const uint8_t *halves = record + s->code_bytes;
     const int8_t *x = t->codes + places * TABLE_PIECE;
-    const uint8_t *codes = records;
-    fvec out[TOGETHER];
-    UNROLL for (int r = 0; r < TOGETHER; r++) out[r] = f_set(0);
-    for (int64_t p = 0; p < s->pieces; p++, x += TABLE_PIECE, codes += six ? SIX_BYTES : TABLE_PIECE) {
-        const uint8_t *halves = records + s->code_bytes + s->piece[p].group * HALF_BYTES;
-        const float scale = t->scale[places + p];
-        UNROLL for (int r = 0; r < TOGETHER; r++) {
-            prefetch(codes + r * size, TABLE_PIECE);
-            out[r] = table_int8(six, codes + r * size, TABLE_PIECE, f_set(half_scalar(halves + r * size) * scale), x,
-                                t->minus_sum[places + p], out[r]);
-        }
+    fvec out = f_set(0);
+    for (int64_t p = 0; p < s->pieces; p++, x += TABLE_PIECE, record += bytes) {
+        const float scale = half_scalar(halves + s->piece[p].group * HALF_BYTES) * t->scale[places + p];
+        prefetch(record, bytes);
+        out = table_int8(six, record, TABLE_PIECE, f_set(scale), x, t->minus_sum[places + p], out);
     }
-    UNROLL for (int r = 0; r < TOGETHER; r++) y[r] = f_sum(out[r]);
+    prefetch(record, (int)(s->record_bytes - s->code_bytes));
+    return f_sum(out);
 }
 
 /* -- one function for each number of tokens, so that all sums stay in registers; or one for all (ANY_COUNT) -------- */
@@ -341,17 +338,13 @@ static void table(const tz_shape *s, const uint8_t *records, int rows, const tz_
     const int count = tz_tile(t, first);
 #define EXACT(n) table_row(n, 1, s, records + r * s->record_bytes, t, first, y + r)
 #define INT8(n) table_row(n, 0, s, records + r * s->record_bytes, t, first, y + r)
-    int r = 0;
-    if (count == 1 && !t->exact && s->whole)
-        for (; r + TOGETHER <= rows; r += TOGETHER) {
-            const uint8_t *some = records + r * s->record_bytes;
-            if (s->bits == 6)
-                table_rows(1, s, some, t, first, y + r);
-            else
-                table_rows(0, s, some, t, first, y + r);
-        }
-    for (; r < rows; r++) {
-        if (t->exact)
+    const int whole = count == 1 && !t->exact && s->whole;
+    for (int r = 0; r < rows; r++) {
+        if (whole && s->bits == 6)
+            y[r] = table_whole(1, s, records + r * s->record_bytes, t, first);
+        else if (whole)
+            y[r] = table_whole(0, s, records + r * s->record_bytes, t, first);
+        else if (t->exact)
             UP_TO_8(EXACT)
         else
             UP_TO_8(INT8)

@@ -27,6 +27,13 @@ static inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
     return simde__m512i_from_private(out);
 }
 
+static inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
+    const simde__m256i_private from = simde__m256i_to_private(a);
+    simde__m512i_private out;
+    EACH_LANE out.u32[i] = from.u16[i];
+    return simde__m512i_from_private(out);
+}
+
 static inline __m512 _mm512_cvtph_ps(__m256i a) {
     simde__m512_private out;
     out.m256[0] = _mm256_cvtph_ps(_mm256_extracti128_si256(a, 0));
