@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.quality.peers._as_gguf import gguf_names, heads_of, reorder, write_float
-from benchmarks.speed import contenders, torch_worker
+from benchmarks.speed import contenders, kernels, torch_worker
 from benchmarks.speed.contenders import BITNET, CONTENDERS, Contestant, built_bitnet, choose
 from benchmarks.speed.models import DATA_FREE, find
 from benchmarks.speed.run import _parser, run
@@ -100,7 +100,7 @@ def test_worker_fails(script: Path, tmp_path: Path, prompt: int, patience: float
     worker = Worker(command(script), tmp_path / "log", patience=60)
     worker.patience = patience
     with pytest.raises(TernarizeError) as caught:
-        worker.ask(1, prompt, 1)
+        worker.ask(threads=1, prompt=prompt, tokens=1)
     assert str(caught.value) == error
     assert worker.process.poll() is not None
 
@@ -293,3 +293,67 @@ def test_table(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw(results(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+# -- kernels alone -----------------------------------------------------------------------------------------------------
+
+
+def test_kernels_take_turns_and_are_compared_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, int]] = []
+    speeds = {"ours": iter([1.0, 2.0, 4.0]), kernels.RIVAL: iter([2.0, 1.0, 1.0])}
+
+    def kernel(name: str) -> kernels.Kernel:
+        def seconds(tokens: int, budget: float) -> float:
+            order.append((name, tokens))
+            return 1 / next(speeds[name]) if tokens == 1 else 1e-3
+
+        return kernels.Kernel(8192, seconds)
+
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda _: 16384.0)
+    both = {name: kernel(name) for name in speeds}
+    ours, rival = kernels.measure(both, 128, 10, 3, 0.1)
+    assert order == [("ours", 1), ("ours", 10), (kernels.RIVAL, 1), (kernels.RIVAL, 10)] * 3
+    assert (ours["x TQ2_0"], rival["x TQ2_0"]) == ("2.00 (0.50 to 4.00)", "1.00 (1.00 to 1.00)")
+    assert (ours["bits a weight"], ours["of read bandwidth"]) == (4.0, 1.0)
+    assert ours["prefill GOP/s, 10 tokens"] == round(2 * 10 * 128**2 / 1e-3 / 1e9, 1)
+
+
+@pytest.mark.skipif(not ternarize.kernels.cpu.paths(), reason="no native library")
+def test_kernels_of_every_path_run_where_llama_cpp_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> Path:
+        raise TernarizeError("no compiler")
+
+    monkeypatch.setattr(kernels, "environment", refuse)
+    monkeypatch.setattr(kernels, "CYCLED", 1 << 16)
+    out = tmp_path / "kernels.json"
+    options = [
+        "--size=128",
+        "--tokens=4",
+        "--rounds=1",
+        "--budget=0.001",
+        f"--json={out}",
+        f"--environments={tmp_path}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["kernels", *options])
+    kernels.main()
+    names = [row["kernel"] for row in json.loads(out.read_text())]
+    usable = [name for name, supported in ternarize.kernels.cpu.paths().items() if supported]
+    assert {f"{name}, {kind}" for name in usable for kind in ("int8", "int8, no shift", "float")} <= set(names)
+    said = capsys.readouterr()
+    assert "llama.cpp is left out: no compiler" in said.err
+    assert f"{usable[-1]}, int8" in said.out
+
+
+def test_llama_cpp_answers_for_its_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    command = [sys.executable, "-m", f"{contenders.PACKAGE}.ggml_worker", "256", str(1 << 20), "1"]
+    worker = Worker(command, tmp_path / "log", 120)
+    try:
+        for kind, bits in (("TQ2_0", 2.0625), ("Q4_0", 4.5), ("F16", 16)):
+            answer = worker.ask(kind=kind, tokens=3, matrices=2, budget=0.001)
+            assert answer["bytes"] == 256 * 256 * bits / 8
+            assert answer["seconds"] > 0
+    finally:
+        worker.close()

@@ -114,7 +114,7 @@ class Contestant:
             self.row["load"].append(facts.pop("load"))
             self.row |= facts
             for threads in setting.threads:
-                self.worker.ask(threads, min(setting.contexts), 1)
+                self.worker.ask(threads=threads, prompt=min(setting.contexts), tokens=1)
         except TernarizeError as error:
             self._fail(error)
 
@@ -123,7 +123,7 @@ class Contestant:
         if self.worker is None:
             return
         try:
-            speed = self.worker.ask(threads, prompt, tokens)
+            speed = self.worker.ask(threads=threads, prompt=prompt, tokens=tokens)
         except TernarizeError as error:
             self._fail(error)
             return

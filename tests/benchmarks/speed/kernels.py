@@ -1,12 +1,15 @@
-"""The kernels alone: how fast a packed weight meets activations, beside torch's own operators.
+"""The kernels alone: how fast a packed weight meets activations, beside llama.cpp's and torch's own operators.
 
-    python tests/benchmarks/speed/kernels.py [--size 2048] [--group-size 64] [--threads 1] [--json FILE]
+    python -m tests.benchmarks.speed.kernels [--size 2048] [--group-size 64] [--threads 1] [--json FILE]
 
 Matrices of size x size are cycled over more memory than the last cache holds, as a model's linears are. All contenders
 take turns within each round, so that other work on the machine hits them alike; a figure is the median over the rounds.
-Time is CPU time of this process: with one thread that is the time it would take alone, up to what others do to caches.
+Time is CPU time of the process that computes: with one thread that is the time it would take alone, up to what others
+do to caches. llama.cpp's types are computed by its own library, in a process that waits for its turn: what it
+rearranges when it loads a model (Q4_0 for some processors) is not rearranged.
 
     Gw/s        1e9 weights a second, decode: one token
+    x TQ2_0     that, over llama.cpp's TQ2_0 in the same round, and its range
     bandwidth   the bytes it reads, as a share of what a plain sum over as much memory reads in the same round
     GOP/s       1e9 multiplications and additions a second, prefill
 """
@@ -16,40 +19,66 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ternarize.errors import TernarizeError
 from ternarize.kernels import cpu
 from ternarize.packing import pack_trits, quantize_table
+from ternarize.sources import cache_folder
+
+from ..quality.contenders import environment
+from .contenders import PACKAGE
+from .workers import Worker
 
 TABLE_GROUP = 64
 CYCLED = 96 << 20  # bytes of weights of one contender
+FEW = 2  # matrices for many tokens
+PATIENCE = 600.0  # seconds for one answer of llama.cpp's worker
+KINDS = ("TQ2_0", "TQ1_0", "Q2_K", "Q4_0", "Q4_K", "F16")
+RIVAL = "llama.cpp TQ2_0"
 
 Call = Callable[[Tensor, int], object]  # activations and the number of the matrix
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A contender.
+
+    Args:
+        bytes: of one matrix.
+        seconds: tokens, budget -> CPU seconds of one product, over `budget` seconds of them.
+    """
+
+    bytes: int
+    seconds: Callable[[int, float], float]
+
+
 def ternary_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call], int]]:
-    """{name: (one call for each matrix, bytes of one matrix)} of every path, with scale and shift."""
+    """{name: (one call for each matrix, bytes of one matrix)} of every path, with scale, with shift or without."""
     found: dict[str, tuple[list[Call], int]] = {}
     groups = -(-size // group_size)
     trits = pack_trits(torch.randint(-1, 2, (size, size), dtype=torch.int8))
-    scale, shift = (torch.rand(size, groups) + 0.1).half(), torch.randn(size, groups).half()
+    scale, some = (torch.rand(size, groups) + 0.1).half(), torch.randn(size, groups).half()
+    kinds = (("int8", some, False), ("int8, no shift", None, False), ("float", some, True))
     for name, supported in cpu.paths().items():
         if not supported:
             continue
         path = cpu.select(name)
         assert path is not None
-        one = cpu.PackedTernary(path, trits, scale, shift, None, size, group_size)
-        bytes_ = one.packed.numel()
-        count = 2 if name == "scalar" else max(2, CYCLED // bytes_)
-        packed = [cpu.PackedTernary(path, trits, scale, shift, None, size, group_size) for _ in range(count)]
-        for exact, kind in ((False, "int8"), (True, "float")):
+        for kind, shift, exact in kinds:
+            one = cpu.PackedTernary(path, trits, scale, shift, None, size, group_size)
+            count = FEW if name == "scalar" else max(FEW, CYCLED // one.packed.numel())
+            packed = [cpu.PackedTernary(path, trits, scale, shift, None, size, group_size) for _ in range(count)]
             calls: list[Call] = [lambda x, _, p=p, exact=exact: p.linear(x, exact) for p in packed]  # type: ignore[misc]
-            found[f"{name}, {kind} activations"] = calls, bytes_
+            found[f"{name}, {kind}"] = calls, one.packed.numel()
     return found
 
 
@@ -85,14 +114,46 @@ def torch_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call], 
     return found
 
 
-def rate_of(calls: list[Call], x: Tensor, budget: float) -> float:
-    """Mean CPU seconds of a call, over `budget` seconds of calls that cycle through the matrices."""
-    start = time.process_time()
-    done = 0
-    while done < 2 or time.process_time() - start < budget:
-        calls[done % len(calls)](x, done)
-        done += 1
-    return (time.process_time() - start) / done
+def own_process(calls: list[Call], bytes_: int, size: int) -> Kernel:
+    """A contender whose calls are made here, through all matrices for one token and a few of them for many."""
+
+    def seconds(tokens: int, budget: float) -> float:
+        x, used = torch.randn(tokens, size), calls if tokens == 1 else calls[:FEW]
+        start, done = time.process_time(), 0
+        while done < FEW or time.process_time() - start < budget:
+            used[done % len(used)](x, done)
+            done += 1
+        return (time.process_time() - start) / done
+
+    return Kernel(bytes_, seconds)
+
+
+@contextmanager
+def llama_contenders(size: int, threads: int, environments: Path) -> Iterator[dict[str, Kernel]]:
+    """llama.cpp's types, in a process of its own; none where that cannot be had, and why is printed."""
+    environments.mkdir(parents=True, exist_ok=True)
+    log = environments / "kernels.log"
+    try:
+        python = environment("llama_cpp", environments, log).absolute()
+        command = [str(python), "-m", f"{PACKAGE}.ggml_worker", str(size), str(CYCLED), str(threads)]
+        worker = Worker(command, log, PATIENCE)
+    except TernarizeError as error:
+        print(f"llama.cpp is left out: {error}", file=sys.stderr)
+        yield {}
+        return
+
+    def kernel(kind: str) -> Kernel:
+        def seconds(tokens: int, budget: float) -> float:
+            matrices = CYCLED if tokens == 1 else FEW
+            answer = worker.ask(kind=kind, tokens=tokens, matrices=matrices, budget=budget)
+            return float(answer["seconds"])
+
+        return Kernel(worker.ask(kind=kind, tokens=1, matrices=1, budget=0)["bytes"], seconds)
+
+    try:
+        yield {f"llama.cpp {kind}": kernel(kind) for kind in KINDS}
+    finally:
+        worker.close()
 
 
 def read_bandwidth(buffer: Tensor) -> float:
@@ -102,31 +163,38 @@ def read_bandwidth(buffer: Tensor) -> float:
     return buffer.numel() * buffer.element_size() / (time.process_time() - start)
 
 
-def measure(size: int, group_size: int, tokens: int, rounds: int, budget: float) -> list[dict[str, object]]:
+def measure(kernels: dict[str, Kernel], size: int, tokens: int, rounds: int, budget: float) -> list[dict[str, object]]:
     """One row per contender, medians over the rounds."""
-    contenders = ternary_contenders(size, group_size) | table_contenders(size) | torch_contenders(size, group_size)
-    one, many = torch.randn(1, size), torch.randn(tokens, size)
     buffer = torch.ones(CYCLED // 4)
-    decode: dict[str, list[float]] = {name: [] for name in contenders}
-    share: dict[str, list[float]] = {name: [] for name in contenders}
-    prefill: dict[str, list[float]] = {name: [] for name in contenders}
+    decode: dict[str, list[float]] = {name: [] for name in kernels}
+    share: dict[str, list[float]] = {name: [] for name in kernels}
+    prefill: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(rounds):
-        for name, (calls, bytes_) in contenders.items():
+        for name, kernel in kernels.items():
             bandwidth = read_bandwidth(buffer)
-            mean = rate_of(calls, one, budget)
+            mean = kernel.seconds(1, budget)
             decode[name].append(size * size / mean / 1e9)
-            share[name].append(bytes_ / mean / bandwidth)
-            prefill[name].append(2 * tokens * size * size / rate_of(calls[:2], many, budget) / 1e9)
+            share[name].append(kernel.bytes / mean / bandwidth)
+            prefill[name].append(2 * tokens * size * size / kernel.seconds(tokens, budget) / 1e9)
     return [
         {
             "kernel": name,
-            "bits a weight": round(8 * bytes_ / size**2, 3),
+            "bits a weight": round(8 * kernel.bytes / size**2, 3),
             "decode Gw/s": round(statistics.median(decode[name]), 2),
+            "x TQ2_0": beside(decode[name], decode.get(RIVAL)),
             "of read bandwidth": round(statistics.median(share[name]), 3),
             f"prefill GOP/s, {tokens} tokens": round(statistics.median(prefill[name]), 1),
         }
-        for name, (_, bytes_) in contenders.items()
+        for name, kernel in kernels.items()
     ]
+
+
+def beside(figures: list[float], rival: list[float] | None) -> str:
+    """The median of the rounds' ratios, and their range."""
+    if rival is None:
+        return ""
+    ratios = [one / other for one, other in zip(figures, rival, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
@@ -147,10 +215,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=0.15, help="CPU seconds of each figure in each round")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--environments", type=Path, default=cache_folder() / "peers", help="as in the other benchmark")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = measure(options.size, options.group_size, options.tokens, options.rounds, options.budget)
+    size, group_size = options.size, options.group_size
+    own = ternary_contenders(size, group_size) | table_contenders(size) | torch_contenders(size, group_size)
+    kernels = {name: own_process(calls, bytes_, size) for name, (calls, bytes_) in own.items()}
+    with llama_contenders(size, options.threads, options.environments) as others:
+        rows = measure(kernels | others, size, options.tokens, options.rounds, options.budget)
     print_table(rows)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

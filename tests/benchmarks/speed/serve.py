@@ -31,6 +31,26 @@ def serve(load: Callable[[], tuple[Facts, Times]]) -> None:
         load: from the model's open to its first token; gives what the driver should know of it, and how to time it:
             seconds at which a prompt goes in and each of 1 + tokens tokens comes out.
     """
+
+    def loaded() -> tuple[Facts, Callable[[Facts], Facts]]:
+        facts, times = load()
+
+        def answer(asked: Facts) -> Facts:
+            begun, first, *_, last = times(asked["threads"], asked["prompt"], asked["tokens"])
+            speed = {"prefill": asked["prompt"] / (first - begun), "decode": asked["tokens"] / (last - first)}
+            return speed | {"peak_memory": peak_memory()}
+
+        return facts, answer
+
+    converse(loaded)
+
+
+def converse(load: Callable[[], tuple[Facts, Callable[[Facts], Facts]]]) -> None:
+    """Get ready, and answer as often as the driver asks.
+
+    Args:
+        load: gives what the driver should know, and what answers.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
 
@@ -38,13 +58,10 @@ def serve(load: Callable[[], tuple[Facts, Times]]) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     started = time.perf_counter()
-    facts, times = load()
+    facts, answer = load()
     say({"load": time.perf_counter() - started} | facts)
     for line in sys.stdin:
-        asked = json.loads(line)
-        begun, first, *_, last = times(asked["threads"], asked["prompt"], asked["tokens"])
-        speed = {"prefill": asked["prompt"] / (first - begun), "decode": asked["tokens"] / (last - first)}
-        say(speed | {"peak_memory": peak_memory()})
+        say(answer(json.loads(line)))
 
 
 def prompt_ids(vocabulary: int, count: int) -> list[int]:

@@ -22,9 +22,9 @@ class Worker:
     """A process that holds one model.
 
     Args:
-        command: what to run; it calls `serve`.
+        command: what to run; it calls `serve` or `converse`.
         log: the file that its standard error is added to.
-        patience: seconds that it may take to load, or to answer once.
+        patience: seconds that it may take to get ready, or to answer once.
 
     Raises:
         TernarizeError: it ended before it was ready; the message ends with its last line.
@@ -44,16 +44,15 @@ class Worker:
             )
         self.facts = self._receive()
 
-    def ask(self, threads: int, prompt: int, tokens: int) -> dict[str, Any]:
-        """Time one prompt and what follows it.
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """Its answer, such as the speed of one prompt and what follows it.
 
         Raises:
             TernarizeError: the worker ended, or took longer than its patience.
         """
         assert self.process.stdin is not None
-        request = json.dumps({"threads": threads, "prompt": prompt, "tokens": tokens})
         with suppress(OSError):  # it has ended: it will say nothing
-            print(request, file=self.process.stdin, flush=True)
+            print(json.dumps(question), file=self.process.stdin, flush=True)
         return self._receive()
 
     def close(self) -> None:
