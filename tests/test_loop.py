@@ -201,8 +201,12 @@ def test_hooks_that_come_in_its_midst_are_called(place: str, own: list[int]) -> 
             return scores
 
     hooks: list[Any] = []
+    embedded: list[int] = []
+    watch = model.model.embed_tokens.register_forward_hook(lambda *_: embedded.append(1))
     got = write(model, ids, 12, logits_processor=[HookLater()])
+    watch.remove()
     assert (own, len(seen)) == ([6], 7)  # of 12 tokens 5 were there
+    assert len(embedded) == 12
     hooks.pop().remove()
     assert torch.equal(got, write_by_transformers(model, ids, 12, logits_processor=[HookLater()]))
 
@@ -220,6 +224,9 @@ def test_other_requests_are_left_to_transformers(own: list[int]) -> None:
     model.generate(inputs_embeds=model.model.embed_tokens(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
     with decoder.linear_by_linear():
         write(model, ids, 4)
+    model.train()
+    write(model, ids, 4)
+    model.eval()
     for module in (model, model.model):
         hook = module.register_forward_hook(lambda *_: None)
         write(model, ids, 4)

@@ -348,12 +348,16 @@ def test_kernels_of_every_path_run_where_llama_cpp_cannot_be_had(
 
 def test_llama_cpp_answers_for_its_kernels(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    command = [sys.executable, "-m", f"{contenders.PACKAGE}.ggml_worker", "256", str(1 << 20), "1"]
-    worker = Worker(command, tmp_path / "log", 120)
+    command = [sys.executable, "-m", f"{contenders.PACKAGE}.ggml_worker"]
+    worker = Worker([*command, "256", str(1 << 20), "1", "TQ2_0", "Q4_0", "F16"], tmp_path / "log", 120)
     try:
         for kind, bits in (("TQ2_0", 2.0625), ("Q4_0", 4.5), ("F16", 16)):
-            answer = worker.ask(kind=kind, tokens=3, matrices=2, budget=0.001)
-            assert answer["bytes"] == 256 * 256 * bits / 8
-            assert answer["seconds"] > 0
+            assert worker.facts["bytes"][kind] == 256 * 256 * bits / 8
+            assert worker.ask(kind=kind, tokens=3, matrices=2, budget=0.001)["seconds"] > 0
+    finally:
+        worker.close()
+    worker = Worker([*command, "64", str(1 << 20), "1", "TQ2_0", "Q4_0"], tmp_path / "log", 120)
+    try:
+        assert list(worker.facts["bytes"]) == ["Q4_0"]  # 64 is no multiple of 256
     finally:
         worker.close()

@@ -145,6 +145,7 @@ def _served(
     return (
         family is not None
         and not is_off()
+        and not model.training
         and type(model).__name__ == f"{family.prefix}ForCausalLM"
         and _native(model.model)
         and not (model.model._forward_hooks or model.model._forward_pre_hooks)
@@ -159,7 +160,7 @@ def _served(
         and type(asked.get(CACHE)) is DynamicCache
         and asked.get("use_cache", True)
         and (mask is None or (mask.shape == (1, count) and bool(mask.all())))
-        and (positions is None or torch.equal(positions[0], torch.arange(count)[-positions.shape[-1] :]))
+        and (positions is None or positions[0].tolist() == list(range(count))[-positions.shape[-1] :])
         and all(value is None or value is False for name, value in asked.items() if name not in OPEN)
     )
 
@@ -237,7 +238,7 @@ class _Writer:
     def __init__(self, model: Any, cache: DynamicCache) -> None:
         self.model, self.cache, self.past = model, cache, cache.get_seq_length()
         self._sequence: Sequence | None = None
-        self._ropes, self._first = torch.empty(0), 0
+        self._ropes, self._first = torch.empty(0, device="cpu"), 0
         rotary = model.model.rotary_emb
         kinds = getattr(rotary, "rope_type", "")
         names = [str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])]
@@ -248,15 +249,22 @@ class _Writer:
     def logits(self, ids: Tensor) -> Tensor:
         """ids [1, 1], the next token -> [1, V]."""
         self.past += 1
-        hidden = self.model.model.embed_tokens(ids)
-        sequence = self._sequence_for(hidden)
+        out = self._native_logits(ids)
+        if out is None:
+            self.close()
+            out = self.model(input_ids=ids, use_cache=True, **{CACHE: self.cache}).logits
+        return out[:, -1]
+
+    def _native_logits(self, ids: Tensor) -> Tensor | None:
+        sequence = self._sequence_now()
         ropes = None if sequence is None else self._ropes_of(sequence, self.past - 1)
         if sequence is None or ropes is None:
-            self.close()
-            arguments = {"use_cache": True, CACHE: self.cache}
-            return self.model(input_ids=ids, **arguments).logits[:, -1]  # type: ignore[no-any-return]
+            return None
+        hidden = self.model.model.embed_tokens(ids)
+        if not kernels.usable(hidden) or hidden.dtype != sequence.dtype:
+            return None
         out = sequence.step(hidden.float().flatten(), ropes).to(hidden.dtype)
-        return self.model.lm_head(out.view(1, 1, -1))[:, -1]  # type: ignore[no-any-return]
+        return self.model.lm_head(out.view(1, 1, -1))  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Let the cache show what is in it."""
@@ -264,20 +272,19 @@ class _Writer:
             self._sequence.show()
             self._sequence = None
 
-    def _sequence_for(self, hidden: Tensor) -> Sequence | None:
-        if is_off() or not kernels.usable(hidden) or any(len(hooks) != count for hooks, count in self._hooks):
+    def _sequence_now(self) -> Sequence | None:
+        if is_off() or any(len(hooks) != count for hooks, count in self._hooks):
             return None
         kept = self._sequence
         if kept is None or not kept.has_room() or not kept.plan.facts.undisturbed() or _has_any_global_hook():
             self.close()
-            kept = self.model.model.forward.sequence(self.cache, self.past - 1)
-            self._sequence = kept
-        return kept if kept is not None and kept.dtype == hidden.dtype else None
+            self._sequence = self.model.model.forward.sequence(self.cache, self.past - 1)
+        return self._sequence
 
     def _ropes_of(self, sequence: Sequence, position: int) -> Tensor | None:
         if not self._first <= position < self._first + len(self._ropes):
             count = 1 if self._growing else ROPES
-            positions = torch.arange(position, position + count)[None]
+            positions = torch.arange(position, position + count, device="cpu")[None]
             found = sequence.plan.ropes(self.model.model.rotary_emb, positions)
             if found is None:
                 return None

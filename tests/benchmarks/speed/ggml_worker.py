@@ -1,12 +1,12 @@
 """The worker of llama.cpp's kernels alone, run in the environment of the peer `llama_cpp`: ggml's products of one
 matrix after the other with the same activations, by its own graph.
 
-    python -m tests.benchmarks.speed.ggml_worker SIZE BYTES THREADS
+    python -m tests.benchmarks.speed.ggml_worker SIZE BYTES THREADS TYPE ...
 
-It is asked {"kind": "TQ2_0", "tokens": 1, "matrices": 90, "budget": 0.15} and answers with the bytes of a matrix of
-SIZE x SIZE and the CPU seconds that one of so many takes (all that BYTES hold, at most), activations rounded as the
-type wants them. Matrices lie as in a file: what llama.cpp rearranges when it loads a model (Q4_0 for some processors)
-is not rearranged here.
+It begins with the bytes of a matrix of SIZE x SIZE in each type that such rows fit. Asked {"kind": "TQ2_0", "tokens":
+1, "matrices": 90, "budget": 0.15} it answers with the CPU seconds that one of so many takes (all that BYTES hold, at
+most), activations rounded as the type wants them. Matrices lie as in a file: what llama.cpp rearranges when it loads a
+model (Q4_0 for some processors) is not rearranged here.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Ggml:
 
 
 def bytes_of(kind: str, size: int) -> int:
-    """Of a matrix of size x size."""
+    """Of a matrix of size x size; 0 where its rows are no multiple of the type's blocks."""
     block, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return size * size // block * stored
+    return 0 if size % block else size * size // block * stored
 
 
 class Matrices:
@@ -109,7 +109,7 @@ class Matrices:
 
 def main() -> None:
     """Answer until nobody asks."""
-    size, cycled, threads = map(int, sys.argv[1:])
+    size, cycled, threads = map(int, sys.argv[1:4])
     ggml = Ggml()
 
     @functools.cache
@@ -119,10 +119,9 @@ def main() -> None:
     def answer(asked: Facts) -> Facts:
         held = matrices(asked["kind"])
         count = min(asked["matrices"], len(held.weights))
-        seconds = held.seconds(asked["tokens"], count, threads, asked["budget"])
-        return {"bytes": bytes_of(asked["kind"], size), "seconds": seconds}
+        return {"seconds": held.seconds(asked["tokens"], count, threads, asked["budget"])}
 
-    converse(lambda: ({}, answer))
+    converse(lambda: ({"bytes": {kind: bytes_of(kind, size) for kind in sys.argv[4:] if bytes_of(kind, size)}}, answer))
 
 
 if __name__ == "__main__":

@@ -130,28 +130,30 @@ def own_process(calls: list[Call], bytes_: int, size: int) -> Kernel:
 
 @contextmanager
 def llama_contenders(size: int, threads: int, environments: Path) -> Iterator[dict[str, Kernel]]:
-    """llama.cpp's types, in a process of its own; none where that cannot be had, and why is printed."""
+    """llama.cpp's types that rows of this size fit, in a process of its own; none where that cannot be had, and why is
+    printed.
+    """
     environments.mkdir(parents=True, exist_ok=True)
     log = environments / "kernels.log"
     try:
         python = environment("llama_cpp", environments, log).absolute()
-        command = [str(python), "-m", f"{PACKAGE}.ggml_worker", str(size), str(CYCLED), str(threads)]
+        command = [str(python), "-m", f"{PACKAGE}.ggml_worker", str(size), str(CYCLED), str(threads), *KINDS]
         worker = Worker(command, log, PATIENCE)
     except TernarizeError as error:
         print(f"llama.cpp is left out: {error}", file=sys.stderr)
         yield {}
         return
 
-    def kernel(kind: str) -> Kernel:
+    def kernel(kind: str, bytes_: int) -> Kernel:
         def seconds(tokens: int, budget: float) -> float:
-            matrices = CYCLED if tokens == 1 else FEW
+            matrices = CYCLED // bytes_ if tokens == 1 else FEW
             answer = worker.ask(kind=kind, tokens=tokens, matrices=matrices, budget=budget)
             return float(answer["seconds"])
 
-        return Kernel(worker.ask(kind=kind, tokens=1, matrices=1, budget=0)["bytes"], seconds)
+        return Kernel(bytes_, seconds)
 
     try:
-        yield {f"llama.cpp {kind}": kernel(kind) for kind in KINDS}
+        yield {f"llama.cpp {kind}": kernel(kind, bytes_) for kind, bytes_ in worker.facts["bytes"].items()}
     finally:
         worker.close()
 
