@@ -279,7 +279,7 @@ static void read_prompt(const model *m, const tz_decoder *d, float *y) {
 static int compare_models(void) {
     model m = {.hidden = 1 + (int)draw(90), .inner = 1 + (int)draw(draw(2) ? 150 : 900)};
     m.key_heads = 1 + (int)draw(3);                                 /* and the largest are worth several threads */
-    m.heads = m.key_heads * (1 + (int)draw(6)), m.size = 2 + 2 * (int)draw(70), m.group = 1 + (int)draw(140);
+    m.heads = m.key_heads * (1 + (int)draw(6)), m.size = 2 + 2 * (int)draw(45), m.group = 1 + (int)draw(140);
     m.shift = (int)draw(2), m.dtype = (int)draw(3), m.exact = (int)draw(4) > 0, m.threads = 1 + (int)draw(3);
     m.end = (int)draw(40), m.first = (int)draw((uint32_t)m.end + 1), m.window = (int)draw(20);
     m.tokens = 1 + (int)draw(draw(8) ? 20 : 300);

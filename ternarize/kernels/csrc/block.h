@@ -151,10 +151,14 @@ static ALWAYS_INLINE void attend_some(const int heads, const int dtype, const tz
         for (i = 0; i < a->size; i++) out[h * a->size + i] /= sum[h];
 }
 
+#if ANY_COUNT
+#define WITH(n) attend_some(n, a->dtype, a, query, scores, out)
+#else
 #define WITH(n)                                                                                            \
     (a->dtype == TZ_FLOAT32    ? attend_some(n, TZ_FLOAT32, a, query, scores, out)                         \
      : a->dtype == TZ_BFLOAT16 ? attend_some(n, TZ_BFLOAT16, a, query, scores, out)                        \
                                : attend_some(n, TZ_FLOAT16, a, query, scores, out))
+#endif
 
 /* Heads that share keys and values, which are read and made floats once for TOGETHER of them: query [heads][size],
  * scores [heads][positions] for their own use, out [heads][size]. */
