@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ternarize.architecture import UnfusedExperts
-from ternarize.checkpoint import Checkpoint
 from ternarize.errors import TernarizeError, UnsupportedModelError
-from ternarize.progress import Progress
 from ternarize.recipe import Calibration
 from ternarize.solver import LinearStatistics
-from ternarize.text import calibration_windows, load_tokenizer, random_windows
+from ternarize.text import load_tokenizer, random_windows
 
 BATCH_TOKENS = 1024
 GRAM_COLUMNS = 1024  # side of the blocks in which a symmetric sum is computed
@@ -282,20 +280,6 @@ def capture(
         sums.inputs.clear()
     aside = apart.statistics()
     return {name: replace(own, held_out=aside.get(name)) for name, own in fitted.statistics().items()}
-
-
-def draw_windows(checkpoint: Checkpoint, wanted: Calibration, progress: Progress, device: str) -> Tensor:
-    """Windows int64 [B, T] of the text that a recipe wants; `self` is what the teacher writes, on `device`."""
-    return calibration_windows(
-        wanted.text,
-        checkpoint.folder,
-        wanted.samples,
-        wanted.length,
-        wanted.seed,
-        progress,
-        checkpoint.model,
-        device,
-    )
 
 
 def mix_random(ids: Tensor, wanted: Calibration, folder: Path, vocabulary: int) -> Tensor:

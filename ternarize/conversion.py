@@ -31,7 +31,7 @@ from ternarize import hub
 from ternarize.architecture import find_blocks, unfuse_experts
 from ternarize.block import advance, convert_window, pack_embeddings, replay_block
 from ternarize.budget import spend
-from ternarize.calibration import Walk, batches, draw_windows, mix_random, start_walk
+from ternarize.calibration import Walk, batches, mix_random, start_walk
 from ternarize.checkpoint import Checkpoint, place, release, tied_parameters
 from ternarize.choice import make_layout
 from ternarize.distill import check_windows
@@ -52,7 +52,7 @@ from ternarize.refine import distill_folder
 from ternarize.report import RECIPE_FILE, LinearReport, Report, memory_used, versions
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import describe, resolve
-from ternarize.text import fingerprint, load_tokenizer, read_files
+from ternarize.text import draw_windows, fingerprint, load_tokenizer, read_files
 from ternarize.workspace import ENDING, OUTSIDE, Workspace, arguments
 
 LEAST_TIME = 60.0  # seconds, below which a distillation is not begun

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ternarize import hub
 from ternarize.architecture import find_blocks
-from ternarize.calibration import autocast_enabled, draw_windows
+from ternarize.calibration import autocast_enabled
 from ternarize.checkpoint import Checkpoint
 from ternarize.distill import distill, is_first, set_apart, together
 from ternarize.errors import TernarizeError
@@ -25,7 +25,7 @@ from ternarize.recipe import Recipe
 from ternarize.report import RECIPE_FILE, Report, memory_used
 from ternarize.runtime import TernaryLinear
 from ternarize.sources import resolve
-from ternarize.text import fingerprint, load_tokenizer, read_files
+from ternarize.text import draw_windows, fingerprint, load_tokenizer, read_files
 from ternarize.workspace import Workspace, arguments
 
 GATE_WINDOWS = 8  # at most, on which a distilled student is compared with its teacher

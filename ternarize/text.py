@@ -24,11 +24,13 @@ from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from ternarize.checkpoint import Checkpoint
 from ternarize.errors import TernarizeError, first_line
 from ternarize.files import write_tensors
 from ternarize.generation import generation_settings
 from ternarize.progress import Progress, quiet_transformers
 from ternarize.reading import Item, Message, read, read_text
+from ternarize.recipe import Calibration
 from ternarize.sources import cache_folder
 
 READ_AHEAD = 4  # windows are drawn from a pool this many times larger, where the source has as much
@@ -139,6 +141,20 @@ def calibration_windows(
         parts.append(part)
     ids = torch.cat(parts)
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+
+
+def draw_windows(checkpoint: Checkpoint, wanted: Calibration, progress: Progress, device: str) -> Tensor:
+    """Windows int64 [B, T] of the text that a recipe wants; `self` is what the teacher writes, on `device`."""
+    return calibration_windows(
+        wanted.text,
+        checkpoint.folder,
+        wanted.samples,
+        wanted.length,
+        wanted.seed,
+        progress,
+        checkpoint.model,
+        device,
+    )
 
 
 def random_windows(count: int, length: int, tokenizer: PreTrainedTokenizerBase, vocabulary: int, seed: int) -> Tensor:

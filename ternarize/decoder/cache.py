@@ -89,12 +89,17 @@ class Sequence:
         """For one token more."""
         return all(shelf.has_room() for shelf in self.shelves)
 
-    def step(self, x: Tensor, ropes: Tensor) -> Tensor:
-        """One token: float32 x [H] and ropes [R, 2, D] -> float32 [H]; the cache does not show it until `show`."""
+    def takes(self, hidden: Tensor) -> bool:
+        """Whether `step` serves this embedded token."""
+        return kernels.usable(hidden) and hidden.dtype == self.dtype
+
+    def step(self, hidden: Tensor, ropes: Tensor) -> Tensor:
+        """One token: [1, 1, H] and float32 ropes [R, 2, D] -> [1, 1, H]; the cache does not show it until `show`."""
+        x = hidden.float().flatten()
         out = self.plan.decoder.step(x, ropes, [shelf.native() for shelf in self.shelves])
         for shelf in self.shelves:
             shelf.advance()
-        return out
+        return out.to(hidden.dtype).view_as(hidden)
 
     def show(self) -> None:
         """Let the layers of the cache hold what is there."""

@@ -85,7 +85,7 @@ class NativeForward:
         """The model's output for the next tokens; None where it has to be computed otherwise."""
         model = self.model
         config = model.config
-        if model.training or _off[0] or not (config.use_cache if use_cache is None else use_cache):
+        if model.training or is_off() or not (config.use_cache if use_cache is None else use_cache):
             return None
         if config.output_attentions or config.output_hidden_states or not config.return_dict:
             return None
@@ -101,14 +101,14 @@ class NativeForward:
             return None
         hidden = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         ropes = plan.ropes(model.rotary_emb, positions)
-        if ropes is None or not kernels.usable(hidden) or (sequence and hidden.dtype != sequence.dtype):
+        if ropes is None or not (sequence.takes(hidden) if sequence else kernels.usable(hidden)):
             return None
         if sequence:
-            out = sequence.step(hidden.float().flatten(), ropes).to(hidden.dtype)
+            out = sequence.step(hidden, ropes)
             sequence.show()
         else:
-            out = model.norm(read_prompt(plan, model.layers, cache, hidden[0], ropes).to(hidden.dtype))
-        return BaseModelOutputWithPast(out.view(1, count, -1), cache)
+            out = model.norm(read_prompt(plan, model.layers, cache, hidden[0], ropes).to(hidden.dtype))[None]
+        return BaseModelOutputWithPast(out, cache)
 
     def sequence(self, cache: DynamicCache, past: int) -> Sequence | None:
         """What goes on in a cache with `past` tokens; None where the library cannot serve the model or the cache.

@@ -19,7 +19,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from ternarize import kernels
 from ternarize.decoder.cache import CACHE, Sequence
 from ternarize.decoder.forward import NativeForward, is_off
 from ternarize.decoder.plan import FAMILIES
@@ -261,10 +260,7 @@ class _Writer:
         if sequence is None or ropes is None:
             return None
         hidden = self.model.model.embed_tokens(ids)
-        if not kernels.usable(hidden) or hidden.dtype != sequence.dtype:
-            return None
-        out = sequence.step(hidden.float().flatten(), ropes).to(hidden.dtype)
-        return self.model.lm_head(out.view(1, 1, -1))  # type: ignore[no-any-return]
+        return self.model.lm_head(sequence.step(hidden, ropes)) if sequence.takes(hidden) else None
 
     def close(self) -> None:
         """Let the cache show what is in it."""

@@ -9,7 +9,7 @@
 #include "floats.h"
 #include "threads.h"
 
-enum { MOST_SHARING = 3, HEADS_AT_ONCE = 4, LEAST_WORK = 1 << 16 };
+enum { MOST_SHARING = 3, LEAST_WORK = 1 << 16 };
 
 /* -- a model's description --------------------------------------------------------------------------------------- */
 
@@ -185,7 +185,7 @@ static void attend(void *context, int64_t first, int64_t last) {
 /* Heads of one piece of work: some that share their keys, if there is one for each thread. */
 static int64_t heads_at_once(const tz_decoder *d, int threads) {
     const int64_t sharing = d->heads / d->key_heads;
-    int64_t count = HEADS_AT_ONCE;
+    int64_t count = TOGETHER;
     while (sharing % count || d->heads / count < threads) count--;
     return count;
 }

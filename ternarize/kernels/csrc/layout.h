@@ -28,6 +28,7 @@
 
 #include "ternarize.h"
 
+enum { TOGETHER = 4 };        /* heads that share keys, which a path reads once for all of them */
 enum { ROWS = 16, QUAD = 4, PIECE = 128, TABLE_PIECE = 64, HEAD_SIZE = 512 };
 enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32, LOW_BYTES = 32, SIX_BYTES = 48 };
 

@@ -43,7 +43,7 @@ static inline ivec join(const ivec *sums, int chains) {
 }
 #endif
 
-enum { LANES = 16, CACHE_LINE = 64, AHEAD = 6144, TOGETHER = 4 };
+enum { LANES = 16, CACHE_LINE = 64, AHEAD = 6144 };
 
 /* -- activations ------------------------------------------------------------------------------------------------ */
 

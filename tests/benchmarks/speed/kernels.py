@@ -36,6 +36,7 @@ from ternarize.sources import cache_folder
 
 from ..quality.contenders import environment
 from .contenders import PACKAGE
+from .table import ratio_range
 from .workers import Worker
 
 TABLE_GROUP = 64
@@ -45,7 +46,7 @@ PATIENCE = 600.0  # seconds for one answer of llama.cpp's worker
 KINDS = ("TQ2_0", "TQ1_0", "Q2_K", "Q4_0", "Q4_K", "F16")
 RIVAL = "llama.cpp TQ2_0"
 
-Call = Callable[[Tensor, int], object]  # activations and the number of the matrix
+Call = Callable[[Tensor], object]  # activations, with one matrix
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def ternary_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call]
             one = cpu.PackedTernary(path, trits, scale, shift, None, size, group_size)
             count = FEW if name == "scalar" else max(FEW, CYCLED // one.packed.numel())
             packed = [cpu.PackedTernary(path, trits, scale, shift, None, size, group_size) for _ in range(count)]
-            calls: list[Call] = [lambda x, _, p=p, exact=exact: p.linear(x, exact) for p in packed]  # type: ignore[misc]
+            calls: list[Call] = [lambda x, p=p, exact=exact: p.linear(x, exact) for p in packed]  # type: ignore[misc]
             found[f"{name}, {kind}"] = calls, one.packed.numel()
     return found
 
@@ -90,7 +91,7 @@ def table_contenders(size: int) -> dict[str, tuple[list[Call], int]]:
         records = quantize_table(torch.randn(size, size), TABLE_GROUP, bits)
         tables = [records.clone() for _ in range(CYCLED // records.numel())]
         calls: list[Call] = [
-            lambda x, _, r=r, b=bits: cpu.table_linear(x, r, None, TABLE_GROUP, b, False)  # type: ignore[misc]
+            lambda x, r=r, b=bits: cpu.table_linear(x, r, None, TABLE_GROUP, b, False)  # type: ignore[misc]
             for r in tables
         ]
         found[f"int{bits} table, {path.name}"] = calls, records.numel()
@@ -101,13 +102,13 @@ def torch_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call], 
     """What torch itself has: bfloat16, and 4 bits with scale and zero."""
     found: dict[str, tuple[list[Call], int]] = {}
     weights = [torch.randn(size, size).bfloat16() for _ in range(max(2, CYCLED // (2 * size * size)))]
-    calls: list[Call] = [lambda x, _, w=w: torch.nn.functional.linear(x.bfloat16(), w) for w in weights]  # type: ignore[misc]
+    calls: list[Call] = [lambda x, w=w: torch.nn.functional.linear(x.bfloat16(), w) for w in weights]  # type: ignore[misc]
     found["torch bfloat16"] = calls, 2 * size * size
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (size, size), dtype=torch.int32), 1)
     levels = torch.rand(size // group_size, size, 2).bfloat16()
     packed = [codes.clone() for _ in range(CYCLED // codes.numel())]
     calls = [
-        lambda x, _, w=w: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), w, group_size, levels)  # type: ignore[misc]
+        lambda x, w=w: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), w, group_size, levels)  # type: ignore[misc]
         for w in packed
     ]
     found["torch int4pack"] = calls, codes.numel() + levels.numel() * 2
@@ -121,7 +122,7 @@ def own_process(calls: list[Call], bytes_: int, size: int) -> Kernel:
         x, used = torch.randn(tokens, size), calls if tokens == 1 else calls[:FEW]
         start, done = time.process_time(), 0
         while done < FEW or time.process_time() - start < budget:
-            used[done % len(used)](x, done)
+            used[done % len(used)](x)
             done += 1
         return (time.process_time() - start) / done
 
@@ -178,25 +179,22 @@ def measure(kernels: dict[str, Kernel], size: int, tokens: int, rounds: int, bud
             decode[name].append(size * size / mean / 1e9)
             share[name].append(kernel.bytes / mean / bandwidth)
             prefill[name].append(2 * tokens * size * size / kernel.seconds(tokens, budget) / 1e9)
+    rival = decode.get(RIVAL)
+    compared = {
+        name: [one / other for one, other in zip(rates, rival, strict=True)] if rival else []
+        for name, rates in decode.items()
+    }
     return [
         {
             "kernel": name,
             "bits a weight": round(8 * kernel.bytes / size**2, 3),
             "decode Gw/s": round(statistics.median(decode[name]), 2),
-            "x TQ2_0": beside(decode[name], decode.get(RIVAL)),
+            "x TQ2_0": ratio_range(compared[name]),
             "of read bandwidth": round(statistics.median(share[name]), 3),
             f"prefill GOP/s, {tokens} tokens": round(statistics.median(prefill[name]), 1),
         }
         for name, kernel in kernels.items()
     ]
-
-
-def beside(figures: list[float], rival: list[float] | None) -> str:
-    """The median of the rounds' ratios, and their range."""
-    if rival is None:
-        return ""
-    ratios = [one / other for one, other in zip(figures, rival, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def print_table(rows: list[dict[str, object]]) -> None:

@@ -81,7 +81,7 @@ def _table(model: Row, threads: int, prompt: int) -> list[str]:
             f"{row['peak_memory'] / 1e6:,.0f}",
             spread(list(figures(row, "prefill", threads, prompt).values())),
             spread(list(figures(row, "decode", threads, prompt).values())),
-            _ratio(compared),
+            ratio_range(compared),
             f"{100 * statistics.median(shares(row, model['bandwidth'], threads, prompt)):.0f} %",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -121,7 +121,8 @@ def _done(model: Row) -> list[Row]:
     return [row for row in model["contenders"] if "error" not in row]
 
 
-def _ratio(compared: list[float]) -> str:
+def ratio_range(compared: list[float]) -> str:
+    """The median of the rounds' ratios, and their range; empty where there are none."""
     if not compared:
         return ""
     return f"{statistics.median(compared):.2f} ({min(compared):.2f} to {max(compared):.2f})"
