@@ -34,6 +34,8 @@ know them stops at the shape instead of reading codes as weights (see `format`).
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -145,6 +147,33 @@ def outermost_levels(levels: Levels) -> tuple[Tensor, Tensor | None]:
         return _storable(ends), None
     middle = 2 ** (levels.shift_bits - 1)
     return _storable(ends), (ends * reach * middle / (middle - 1)).half()
+
+
+@dataclass(frozen=True)
+class CodedScales:
+    """Scales of 4 bits, for a product that looks them up: scale = factors[row] * steps[code], before it is fp16.
+
+    Args:
+        codes: uint8 [O, ceil(G / 2)], low nibble first.
+        factors: float32 [O].
+        steps: fp16 [16].
+    """
+
+    codes: Tensor
+    factors: Tensor
+    steps: Tensor
+
+
+def split_scales(levels: Levels) -> CodedScales | None:
+    """The parts of coded scales, whose product is within 2^-11 of what `decode_levels` gives.
+
+    None of other bits than 4, where there are shifts, and where some could be as small as `decode_levels` makes none.
+    """
+    lo, hi, span, _ = levels.limits.double().tolist()
+    if levels.scale_bits != 4 or levels.shift_bits or lo - span < math.log2(SMALLEST_SCALE):
+        return None
+    steps = torch.exp2(-span * torch.arange(16, dtype=torch.float64) / 15).half()
+    return CodedScales(levels.record[:, 1:].contiguous(), _row_top(levels.record[:, 0], lo, hi).exp2().float(), steps)
 
 
 def round_levels(

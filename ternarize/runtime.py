@@ -29,6 +29,7 @@ from ternarize.packing import (
     pack_trits,
     packed_columns,
     quantize_table,
+    split_scales,
     table_row_bytes,
     unpack_trits,
 )
@@ -206,7 +207,9 @@ class TernaryLinear(nn.Module):
             return None
         current = [(t, _version(t)) for t in (*self._buffers.values(), self.bias) if t is not None]
         if self._packed is None or self._packed.path != path or not _same(self._packed_from, current):
-            self._packed = make(self.weight, *self.read_levels(), self.bias, self.in_features, self.group_size)
+            coded = None if path is None or self.coded is None else split_scales(self.coded)
+            levels = self.read_levels() if coded is None else coded
+            self._packed = make(self.weight, levels, self.bias, self.in_features, self.group_size)
             self._packed_from = current
         return self._packed
 

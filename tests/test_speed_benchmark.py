@@ -340,7 +340,9 @@ def test_kernels_of_every_path_run_where_llama_cpp_cannot_be_had(
     kernels.main()
     names = [row["kernel"] for row in json.loads(out.read_text())]
     usable = [name for name, supported in ternarize.kernels.cpu.paths().items() if supported]
-    assert {f"{name}, {kind}" for name in usable for kind in ("int8", "int8, no shift", "float")} <= set(names)
+    assert {
+        f"{name}, {kind}" for name in usable for kind in ("int8", "int8, no shift", "int8, scales of 4 bits", "float")
+    } <= set(names)
     said = capsys.readouterr()
     assert "llama.cpp is left out: no compiler" in said.err
     assert f"{usable[-1]}, int8" in said.out

@@ -39,7 +39,7 @@ def packer(
 ) -> Callable[..., PackedTernary | BuiltinTernary] | None:
     """What lays out a weight [O, I] in groups of S: for a path, or else for torch's operator; None where nothing can.
 
-    It takes trits, scale, shift, bias, I and S, as `BuiltinTernary` does.
+    It takes trits, levels, bias, I and S, as `BuiltinTernary` does; for a path, levels can be `CodedScales`.
     """
     if path is not None:
         return partial(PackedTernary, path)

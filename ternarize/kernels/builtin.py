@@ -26,7 +26,7 @@ class BuiltinTernary:
 
     Args:
         trits: uint8 [O, ceil(I / 5)], as in the file; O and S as `fits` says.
-        scale, shift: fp16 [O, G]; shift is None where the grid has none.
+        levels: scale and shift, fp16 [O, G] each; shift is None where the grid has none.
         bias: float [O] or None.
         in_features, group_size: I and S.
     """
@@ -34,13 +34,19 @@ class BuiltinTernary:
     path = None
 
     def __init__(
-        self, trits: Tensor, scale: Tensor, shift: Tensor | None, bias: Tensor | None, in_features: int, group_size: int
+        self,
+        trits: Tensor,
+        levels: tuple[Tensor, Tensor | None],
+        bias: Tensor | None,
+        in_features: int,
+        group_size: int,
     ) -> None:
+        scale, shift = levels
         self.group_size, self.bias = group_size, None if bias is None else bias.detach()
         codes = torch.cat([unpack_trits(rows, in_features).add_(MIDDLE).int() for rows in trits.split(ROWS * 64)])
         self.packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        levels = torch.stack([scale, torch.zeros_like(scale) if shift is None else shift], -1)  # [O, G, 2]
-        self.levels = levels.transpose(0, 1).bfloat16().contiguous()
+        both = torch.stack([scale, torch.zeros_like(scale) if shift is None else shift], -1)  # [O, G, 2]
+        self.levels = both.transpose(0, 1).bfloat16().contiguous()
 
     @staticmethod
     def fits(rows: int, columns: int, group_size: int) -> bool:

@@ -27,14 +27,15 @@ from torch import Tensor
 
 from ternarize.errors import TernarizeError
 from ternarize.kernels.pages import allocate
-from ternarize.packing import table_row_bytes
+from ternarize.packing import CodedScales, table_row_bytes
 
 CPU_VARIABLE = "TERNARIZE_CPU"
 ACTIVATIONS_VARIABLE = "TERNARIZE_ACTIVATIONS"
 ACTIVATIONS = ("int8", "float")
 REFERENCE = "torch"  # as a path's name: none, the reference computes
 LIBRARY = "libternarize.so"
-ABI = 5
+ABI = 6
+SCALES, SCALES_AND_SHIFTS, CODED_SCALES = range(3)  # `enum tz_levels`
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -48,6 +49,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "tz_table_shape": (_pointer, [_int, _int64, _int64, _int64, _int]),
     "tz_packed_bytes": (_int64, [_pointer]),
     "tz_pack_ternary": (None, [_pointer, _pointer, _pointer, _pointer, _pointer, _int]),
+    "tz_pack_coded": (None, [_pointer, _pointer, _pointer, _pointer, _pointer, _pointer, _int]),
     "tz_ternary_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
     "tz_table_linear": (_int, [_pointer, _pointer, _pointer, _pointer, _pointer, _int64, _int, _int, _int]),
     "tz_make_decoder": (_pointer, [_int, _int64, _int64, _int64, _int64, _int64, _int64, _int, _int]),
@@ -229,7 +231,7 @@ def _shape(function: str, path: int, rows: int, columns: int, group_size: int, k
     """A `tz_shape`, kept for the life of the process: a model has few.
 
     Args:
-        function, kind: "tz_ternary_shape" and whether there is a shift, or "tz_table_shape" and the bits.
+        function, kind: "tz_ternary_shape" and the levels, or "tz_table_shape" and the bits.
     """
     library, _ = load_library()
     assert library is not None
@@ -276,7 +278,7 @@ class PackedTernary:
     Args:
         path: which.
         trits: uint8 [O, ceil(I / 5)], as in the file.
-        scale, shift: fp16 [O, G]; shift is None where the grid has none.
+        levels: scale and shift, fp16 [O, G] each, shift None where the grid has none; or scales in 4 bits.
         bias: float [O] or None.
         in_features, group_size: I and S.
     """
@@ -285,27 +287,24 @@ class PackedTernary:
         self,
         path: Native,
         trits: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
+        levels: tuple[Tensor, Tensor | None] | CodedScales,
         bias: Tensor | None,
         in_features: int,
         group_size: int,
     ) -> None:
-        self.path, self.rows, self.group_size, self.has_shift = path, trits.shape[0], group_size, shift is not None
+        self.path, self.rows, self.group_size = path, trits.shape[0], group_size
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.shape = _shape("tz_ternary_shape", path.index, self.rows, in_features, group_size, self.has_shift)
+        parts: tuple[Tensor | None, ...]
+        if isinstance(levels, CodedScales):
+            self.levels, parts, pack = CODED_SCALES, (levels.codes, levels.factors, levels.steps), "tz_pack_coded"
+        else:
+            self.levels, parts, pack = SCALES if levels[1] is None else SCALES_AND_SHIFTS, levels, "tz_pack_ternary"
+        self.shape = _shape("tz_ternary_shape", path.index, self.rows, in_features, group_size, self.levels)
         self.packed = allocate(path.library.tz_packed_bytes(self.shape))
         self._product = path.library.tz_ternary_linear
-        trits, scale = trits.contiguous(), scale.contiguous()
-        shift = None if shift is None else shift.contiguous()
-        path.library.tz_pack_ternary(
-            self.shape,
-            trits.data_ptr(),
-            scale.data_ptr(),
-            None if shift is None else shift.data_ptr(),
-            self.packed.data_ptr(),
-            torch.get_num_threads(),
-        )
+        tensors = [None if part is None else part.contiguous() for part in (trits, *parts)]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        getattr(path.library, pack)(self.shape, *pointers, self.packed.data_ptr(), torch.get_num_threads())
 
     def takes(self, x: Tensor, exact: bool) -> bool:
         """Whether the product with x [B, I] belongs here: any does."""
@@ -319,7 +318,7 @@ class PackedTernary:
         """
         if torch.compiler.is_compiling():
             return _ternary_operator(
-                x, self.packed, self.bias, self.path.index, self.rows, self.group_size, self.has_shift, exact
+                x, self.packed, self.bias, self.path.index, self.rows, self.group_size, self.levels, exact
             )
         return _product(self._product, self.shape, self.packed, self.bias, x, self.rows, exact)
 
@@ -364,12 +363,12 @@ def _ternary_operator(
     path: int,
     rows: int,
     group_size: int,
-    has_shift: bool,
+    levels: int,
     exact: bool,
 ) -> Tensor:
     library, _ = load_library()
     assert library is not None
-    shape = _shape("tz_ternary_shape", path, rows, x.shape[-1], group_size, has_shift)
+    shape = _shape("tz_ternary_shape", path, rows, x.shape[-1], group_size, levels)
     return _product(library.tz_ternary_linear, shape, packed, bias, x, rows, exact)
 
 

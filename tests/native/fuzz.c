@@ -28,7 +28,7 @@ static void *room(size_t bytes) {
 }
 
 typedef struct {
-    int rows, columns, group, groups, tokens, shift, bias, bits, dtype, exact, threads;
+    int rows, columns, group, groups, tokens, levels, bias, bits, dtype, exact, threads;
 } task;
 
 static float stored(float value, int dtype, void *out, size_t at) {
@@ -77,6 +77,39 @@ static int compare(const task *t, const char *path, const double *weight, const 
     return 0;
 }
 
+/* Coded scales: factors[row] * steps[code]. */
+typedef struct {
+    size_t row_bytes;
+    uint8_t *codes;
+    float *factors;
+    uint16_t steps[16];
+} coded;
+
+static coded random_codes(int rows, int groups) {
+    coded c = {.row_bytes = ((size_t)groups + 1) / 2};
+    c.codes = malloc((size_t)rows * c.row_bytes);
+    c.factors = malloc((size_t)rows * sizeof(float));
+    for (size_t i = 0; i < (size_t)rows * c.row_bytes; i++) c.codes[i] = (uint8_t)draw(256);
+    for (int o = 0; o < rows; o++) c.factors[o] = 0.02f + fabsf(uniform());
+    for (int i = 0; i < 16; i++) c.steps[i] = to_float16(1.0f / (float)(1 + i));
+    return c;
+}
+
+static void free_codes(const coded *c) { free(c->codes), free(c->factors); }
+
+static double coded_scale(const coded *c, int row, size_t group) {
+    const int code = c->codes[(size_t)row * c->row_bytes + group / 2] >> 4 * (group % 2) & 15;
+    return (double)c->factors[row] * from_float16(c->steps[code]);
+}
+
+static void pack_weight(const tz_shape *s, int levels, const uint8_t *trits, const uint16_t *scale,
+                        const uint16_t *shift, const coded *c, uint8_t *packed, int threads) {
+    if (levels == TZ_CODED_SCALES)
+        tz_pack_coded(s, trits, c->codes, c->factors, c->steps, packed, threads);
+    else
+        tz_pack_ternary(s, trits, scale, levels == TZ_SCALES_AND_SHIFTS ? shift : NULL, packed, threads);
+}
+
 static int ternary(const task *t, int path, const float *x, const void *input, const float *bias) {
     const size_t rows = (size_t)t->rows, columns = (size_t)t->columns, levels = rows * (size_t)t->groups;
     const size_t bytes = (columns + 4) / 5;
@@ -87,6 +120,7 @@ static int ternary(const task *t, int path, const float *x, const void *input, c
         scale[i] = to_float16(0.02f + fabsf(uniform()));
         shift[i] = to_float16(uniform());
     }
+    const coded c = random_codes(t->rows, t->groups);
     for (size_t o = 0; o < rows; o++)
         for (size_t b = 0; b < bytes; b++) {
             int byte = 0;
@@ -95,20 +129,23 @@ static int ternary(const task *t, int path, const float *x, const void *input, c
                 const int digit = i < columns ? (int)draw(3) : 1;
                 byte += digit * (int)power;
                 if (i >= columns) continue;
-                part[o * columns + i] = (double)from_float16(scale[level]) * (digit - 1);
-                weight[o * columns + i] = part[o * columns + i] + (t->shift ? from_float16(shift[level]) : 0);
+                const double size = t->levels == TZ_CODED_SCALES ? coded_scale(&c, (int)o, i / (size_t)t->group)
+                                                                 : (double)from_float16(scale[level]);
+                part[o * columns + i] = size * (digit - 1);
+                weight[o * columns + i] = part[o * columns + i];
+                if (t->levels == TZ_SCALES_AND_SHIFTS) weight[o * columns + i] += from_float16(shift[level]);
             }
             trits[o * bytes + b] = (uint8_t)byte;
         }
-    tz_shape *s = tz_ternary_shape(path, t->rows, t->columns, t->group, t->shift);
+    tz_shape *s = tz_ternary_shape(path, t->rows, t->columns, t->group, t->levels);
     uint8_t *packed = room((size_t)tz_packed_bytes(s));
     void *y = malloc(rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
     memset(y, 0xff, rows * (size_t)t->tokens * (t->dtype ? 2 : 4));
-    tz_pack_ternary(s, trits, scale, t->shift ? shift : NULL, packed, t->threads);
+    pack_weight(s, t->levels, trits, scale, shift, &c, packed, t->threads);
     int failed = tz_ternary_linear(s, packed, bias, input, y, t->tokens, t->dtype, t->exact, t->threads);
     failed |= compare(t, tz_path_name(path), weight, part, x, bias, y);
     tz_free_shape(s);
-    free(trits), free(scale), free(shift), free(weight), free(part), free(packed), free(y);
+    free_codes(&c), free(trits), free(scale), free(shift), free(weight), free(part), free(packed), free(y);
     return failed;
 }
 
@@ -157,7 +194,7 @@ static int one_round(void) {
     if (t.bits == 6) t.columns = 64 * (1 + (int)draw(9)), t.group = 64 * (1 + (int)draw(4));
     t.group = t.group < t.columns ? t.group : t.columns;
     t.groups = (t.columns + t.group - 1) / t.group;
-    t.shift = (int)draw(2), t.bias = (int)draw(2), t.dtype = (int)draw(3), t.exact = (int)draw(2);
+    t.levels = (int)draw(3), t.bias = (int)draw(2), t.dtype = (int)draw(3), t.exact = (int)draw(2);
     t.threads = 1 + (int)draw(3);
     const size_t count = (size_t)t.tokens * (size_t)t.columns;
     float *x = malloc(count * sizeof *x), *bias = malloc((size_t)t.rows * sizeof *bias);
@@ -177,7 +214,7 @@ static int one_round(void) {
 enum { BLOCKS = 2 };
 
 typedef struct {
-    int hidden, inner, heads, key_heads, size, group, shift, window, first, end, dtype, exact, threads, tokens;
+    int hidden, inner, heads, key_heads, size, group, levels, window, first, end, dtype, exact, threads, tokens;
 } model;
 
 typedef struct {
@@ -201,10 +238,12 @@ static uint8_t *random_linear(const model *m, int path, int rows, int columns, t
         scale[i] = to_float16(0.02f + fabsf(uniform()) / 10);
         shift[i] = to_float16(uniform() / 50);
     }
-    *shape = tz_ternary_shape(path, rows, columns, group, m->shift);
+    const coded c = random_codes(rows, (columns + group - 1) / group);
+    for (int o = 0; o < rows; o++) c.factors[o] /= 10;
+    *shape = tz_ternary_shape(path, rows, columns, group, m->levels);
     uint8_t *packed = room((size_t)tz_packed_bytes(*shape));
-    tz_pack_ternary(*shape, trits, scale, m->shift ? shift : NULL, packed, 1);
-    free(trits), free(scale), free(shift);
+    pack_weight(*shape, m->levels, trits, scale, shift, &c, packed, 1);
+    free_codes(&c), free(trits), free(scale), free(shift);
     return packed;
 }
 
@@ -280,7 +319,7 @@ static int compare_models(void) {
     model m = {.hidden = 1 + (int)draw(90), .inner = 1 + (int)draw(draw(2) ? 150 : 900)};
     m.key_heads = 1 + (int)draw(3);                                 /* and the largest are worth several threads */
     m.heads = m.key_heads * (1 + (int)draw(6)), m.size = 2 + 2 * (int)draw(45), m.group = 1 + (int)draw(140);
-    m.shift = (int)draw(2), m.dtype = (int)draw(3), m.exact = (int)draw(4) > 0, m.threads = 1 + (int)draw(3);
+    m.levels = (int)draw(3), m.dtype = (int)draw(3), m.exact = (int)draw(4) > 0, m.threads = 1 + (int)draw(3);
     m.end = (int)draw(40), m.first = (int)draw((uint32_t)m.end + 1), m.window = (int)draw(20);
     m.tokens = 1 + (int)draw(draw(8) ? 20 : 300);
     const uint64_t before = state;

@@ -98,10 +98,14 @@ static ALWAYS_INLINE uint16_t *put_pair(uint16_t *out, __m512i codes, int bit, c
 }
 
 /* One piece, filled up with zeros to `stride` columns; where the block goes on. */
-static const uint8_t *unpack_piece(const tz_shape *s, const tz_piece *piece, const uint8_t *w, uint16_t *out) {
+static const uint8_t *unpack_piece(const tz_shape *s, const uint8_t *block, const tz_piece *piece, const uint8_t *w,
+                                   uint16_t *out) {
     const uint16_t *end = out + s->stride * ROWS;
-    const uint8_t *halves = w + piece->vectors * VECTOR_BYTES + piece->tails * TAIL_BYTES;
-    const fvec scale = f_halves(halves), shift = s->has_shift ? f_halves(halves + LEVEL_BYTES) : f_set(0);
+    const uint8_t *at = w + piece->vectors * VECTOR_BYTES + piece->tails * TAIL_BYTES;
+    const int coded = s->levels == TZ_CODED_SCALES;
+    const fvec factors = coded ? f_load((const float *)block) : f_set(1);
+    const fvec scale = f_mul(factors, read_scales(coded, block, at));
+    const fvec shift = s->levels == TZ_SCALES_AND_SHIFTS ? f_halves(at + LEVEL_BYTES) : f_set(0);
     const levels l = {pair_of(_mm512_sub_ps(shift, scale)), pair_of(shift), pair_of(_mm512_add_ps(shift, scale))};
     for (int v = piece->vectors; v > 0; v--, w += VECTOR_BYTES) {
         const __m512i codes = _mm512_loadu_si512(w);
@@ -115,12 +119,14 @@ static const uint8_t *unpack_piece(const tz_shape *s, const tz_piece *piece, con
         out = put_pair(put_pair(out, codes, 1, &l), codes, 1 << 8, &l);
     }
     memset(out, 0, (size_t)((const char *)end - (const char *)out));
-    return w + (s->has_shift ? 2 : 1) * LEVEL_BYTES;
+    return w + tz_level_bytes(s);
 }
 
 /* Some pieces of a block, filled up with zeros to whole steps; where the block goes on. */
-static const uint8_t *unpack_slice(const tz_shape *s, int64_t first, int64_t pieces, const uint8_t *w, uint16_t *out) {
-    for (int64_t p = first; p < first + pieces; p++, out += s->stride * ROWS) w = unpack_piece(s, &s->piece[p], w, out);
+static const uint8_t *unpack_slice(const tz_shape *s, const uint8_t *block, int64_t first, int64_t pieces,
+                                   const uint8_t *w, uint16_t *out) {
+    for (int64_t p = first; p < first + pieces; p++, out += s->stride * ROWS)
+        w = unpack_piece(s, block, &s->piece[p], w, out);
     memset(out, 0, (size_t)(round_up(pieces * s->stride, STEP) - pieces * s->stride) * ROWS * sizeof *out);
     return w;
 }
@@ -187,11 +193,12 @@ static void many(const tz_shape *s, const uint8_t *weights, int blocks, const tz
     const cut c = find_cut(s);
     const int64_t tile_size = all_steps(&c) * TILE_HALVES, y_next = t->count * ROWS;
     const uint8_t *block[WIDE_BLOCKS] = {weights, weights + s->block_bytes};
+    const uint8_t *w[WIDE_BLOCKS] = {block[0] + s->head_bytes, block[1] + s->head_bytes};
     set_tiles();
     for (int64_t slice = 0; slice < c.count; slice++) {
         const int64_t first = slice * c.pieces, left = s->pieces - first;
         for (int b = 0; b < blocks; b++)
-            block[b] = unpack_slice(s, first, left < c.pieces ? left : c.pieces, block[b], unpacked[b]);
+            w[b] = unpack_slice(s, block[b], first, left < c.pieces ? left : c.pieces, w[b], unpacked[b]);
         task own = {t->halves + slice * c.steps * TILE_HALVES, tile_size, unpacked[0], STEPS * TILE_HALVES,
                     slice < c.count - 1 ? c.steps : c.last_steps, y, y_next, slice > 0};
         for (int64_t token = 0; token < t->count; token += 2 * WIDE_TILE) {

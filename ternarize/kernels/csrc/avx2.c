@@ -41,6 +41,23 @@ static inline fvec f_halves(const uint8_t *halves) {
                   _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + 16)))};
 }
 
+/* The 16 halves' lower bytes, and their upper ones: what vpshufb looks up. */
+typedef struct {
+    __m128i low, high;
+} steps;
+static inline steps load_steps(const uint8_t *halves) {
+    const __m128i first = _mm_loadu_si128((const __m128i *)halves), last = _mm_loadu_si128((const __m128i *)halves + 1);
+    const __m128i byte = _mm_set1_epi16(255);
+    return (steps){_mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(last, byte)),
+                   _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(last, 8))};
+}
+static inline fvec f_steps(steps s, const uint8_t *codes) {
+    const __m128i both = _mm_loadl_epi64((const __m128i *)codes);
+    const __m128i code = _mm_and_si128(_mm_unpacklo_epi64(both, _mm_srli_epi16(both, 4)), _mm_set1_epi8(15));
+    const __m128i low = _mm_shuffle_epi8(s.low, code), high = _mm_shuffle_epi8(s.high, code);
+    return (fvec){_mm256_cvtph_ps(_mm_unpacklo_epi8(low, high)), _mm256_cvtph_ps(_mm_unpackhi_epi8(low, high))};
+}
+
 static inline fvec f_bfloats(const uint8_t *halves) {
     const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)halves));
     const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(halves + 16)));

@@ -23,6 +23,13 @@ static inline float f_sum(fvec a) { return _mm512_reduce_add_ps(a); }
 static inline fvec f_halves(const uint8_t *halves) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
 }
+typedef __m256i steps;
+static inline steps load_steps(const uint8_t *halves) { return _mm256_loadu_si256((const __m256i *)halves); }
+static inline fvec f_steps(steps s, const uint8_t *codes) {
+    const __m128i both = _mm_loadl_epi64((const __m128i *)codes);
+    const __m128i code = _mm_and_si128(_mm_unpacklo_epi64(both, _mm_srli_epi16(both, 4)), _mm_set1_epi8(15));
+    return _mm512_cvtph_ps(_mm256_permutexvar_epi16(_mm256_cvtepu8_epi16(code), s));
+}
 static inline fvec f_bfloats(const uint8_t *halves) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)halves));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -73,15 +73,6 @@ static ALWAYS_INLINE float largest_score(const float *scores, int64_t count) {
     return largest;
 }
 
-static ALWAYS_INLINE float sum_scores(const float *scores, int64_t count) {
-    fvec lanes = f_set(0);
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) lanes = f_fma(f_load(scores + i), f_set(1), lanes);
-    float sum = f_sum(lanes);
-    for (; i < count; i++) sum += scores[i];
-    return sum;
-}
-
 /* Products of `heads` queries with `keys` keys, of position `first` and on: as many sums as stay in registers. */
 static ALWAYS_INLINE void score_some(const int heads, const int keys, const int dtype, const tz_attention *a,
                                      const float *query, int64_t first, float *scores) {
@@ -133,7 +124,7 @@ static ALWAYS_INLINE void mix_rest(const int heads, const int dtype, const tz_at
 static float weigh(float *scores, int64_t count) {
     const float largest = largest_score(scores, count);
     for (int64_t p = 0; p < count; p++) scores[p] = exp_of(scores[p] - largest);
-    return sum_scores(scores, count);
+    return sum_of(scores, count);
 }
 
 static ALWAYS_INLINE void attend_some(const int heads, const int dtype, const tz_attention *a, const float *query,

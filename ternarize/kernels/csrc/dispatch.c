@@ -68,14 +68,18 @@ static tz_shape *make_shape(int path, int64_t rows, int64_t columns, int64_t gro
     return s;
 }
 
-tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t group, int has_shift) {
+tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t group, int levels) {
     const int64_t width = PATHS[path]->five_a_byte ? 5 * QUAD : 4 * QUAD;
     tz_shape *s = make_shape(path, rows, columns, group, PIECE, width);
     if (!s) return NULL;
-    s->has_shift = has_shift;
+    s->levels = levels;
+    s->head_bytes = levels == TZ_CODED_SCALES ? FACTOR_BYTES + LEVEL_BYTES : 0;
+    s->block_bytes = s->head_bytes;
+    s->vectors = s->piece->vectors;
     for (int64_t p = 0; p < s->pieces; p++) {
         tz_piece *piece = &s->piece[p];
-        piece->bytes = piece->vectors * VECTOR_BYTES + piece->tails * TAIL_BYTES + (has_shift ? 2 : 1) * LEVEL_BYTES;
+        if (piece->tails || piece->vectors != s->vectors) s->vectors = 0;
+        piece->bytes = piece->vectors * VECTOR_BYTES + piece->tails * TAIL_BYTES + tz_level_bytes(s);
         s->block_bytes += piece->bytes;
     }
     return s;

@@ -5,13 +5,15 @@
  *
  * A ternary weight is a sequence of blocks of 16 rows (the last is filled up with rows of zeros). A block:
  *
+ *   factors    float [16]                   of the rows, and
+ *   steps      fp16 [16]                    of the weight, where scales are coded
  *   for each piece
  *     vectors  64 bytes each                  columns in quads: byte 4 r + j holds row r, column 4 i + j of a quad i
  *                2 bits:       4 quads a byte   code0 + 4 code1 + 16 code2 + 64 code3
  *                five a byte:  5 quads a byte   code0 + 3 code1 + 9 code2 + 27 code3 + 81 code4
  *     tails    16 bytes a quad                what no vector is full of, 2 bits: bits 2 f of byte 4 i + j hold
  *                                             row 4 f + i, column j
- *     scales   fp16 [16]
+ *     scales   fp16 [16]; or 4 bits each: byte i holds rows i (low) and 8 + i, scale = factor of its row * steps[code]
  *     shifts   fp16 [16], where there are any
  *
  * with code = trit + 1. Columns behind a piece's end meet activations that are 0.
@@ -30,7 +32,8 @@
 
 enum { TOGETHER = 4 };        /* heads that share keys, which a path reads once for all of them */
 enum { ROWS = 16, QUAD = 4, PIECE = 128, TABLE_PIECE = 64, HEAD_SIZE = 512 };
-enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LEVEL_BYTES = 32, LOW_BYTES = 32, SIX_BYTES = 48 };
+enum { VECTOR_BYTES = 64, TAIL_BYTES = 16, HALF_BYTES = 2, LOW_BYTES = 32, SIX_BYTES = 48 };
+enum { FACTOR_BYTES = 64, LEVEL_BYTES = 32, CODED_BYTES = 8 };
 
 typedef struct {
     int64_t start;            /* first column */
@@ -42,11 +45,13 @@ typedef struct {
 
 struct tz_shape {
     int path;
-    int has_shift;
+    int levels;               /* of a ternary weight: enum tz_levels */
     int64_t rows, columns, group, groups, pieces;
     int64_t width;            /* columns of a vector: 16 with 2 bits, 20 with five trits a byte */
     int64_t stride;           /* activations of a piece, with its filling */
+    int vectors;              /* of all pieces of a ternary weight, if they are alike and have no tails; or 0 */
     int64_t block_bytes;      /* of a ternary weight */
+    int64_t head_bytes;       /* ... of them before the first piece */
     int bits;                 /* of a table's codes: 8 or 6 */
     int whole;                /* whether all pieces of a table have 64 columns */
     int64_t code_bytes;       /* of a table's row */
@@ -75,6 +80,12 @@ static inline int64_t tz_element(int dtype) { return dtype == TZ_FLOAT32 ? sizeo
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+/* Bytes of a piece's scales and shifts. */
+static inline int tz_level_bytes(const tz_shape *s) {
+    if (s->levels == TZ_CODED_SCALES) return CODED_BYTES;
+    return s->levels == TZ_SCALES_AND_SHIFTS ? 2 * LEVEL_BYTES : LEVEL_BYTES;
+}
 
 /* Tokens in the tile that begins with token `first`. */
 static inline int tz_tile(const tz_tokens *t, int64_t first) {

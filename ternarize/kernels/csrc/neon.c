@@ -47,6 +47,15 @@ static inline fvec f_halves(const uint8_t *halves) {
     EACH out.val[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(halves + 8 * i)));
     return out;
 }
+typedef uint8x16x2_t steps;
+static inline steps load_steps(const uint8_t *halves) { return vld2q_u8(halves); }
+static inline fvec f_steps(steps s, const uint8_t *codes) {
+    const uint8x8_t both = vld1_u8(codes);
+    const uint8x16_t code = vcombine_u8(vand_u8(both, vdup_n_u8(15)), vshr_n_u8(both, 4));
+    uint8_t halves[LEVEL_BYTES];
+    vst2q_u8(halves, (uint8x16x2_t){{vqtbl1q_u8(s.val[0], code), vqtbl1q_u8(s.val[1], code)}});
+    return f_halves(halves);
+}
 static inline fvec f_bfloats(const uint8_t *halves) {
     fvec out;
     EACH out.val[i] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(halves + 8 * i)), 16));

@@ -10,7 +10,10 @@ enum { PER_BYTE = 5, ENTRY = 8, BYTES = 256 };      /* eight bytes are copied fa
 typedef struct {
     const tz_shape *shape;
     const uint8_t *trits;
-    const uint16_t *scale, *shift;
+    const uint16_t *scale, *shift;          /* or */
+    const uint8_t *codes;
+    const float *factors;
+    const uint16_t *steps;
     uint8_t *packed;
     uint8_t digits[BYTES][ENTRY];
 } packing;
@@ -47,6 +50,11 @@ static void pack_level(const tz_shape *s, int64_t row, int64_t group, const uint
     memcpy(out + row % ROWS * HALF_BYTES, levels + row * s->groups + group, HALF_BYTES);
 }
 
+static void pack_code(const packing *job, int64_t row, int64_t group, uint8_t *out) {
+    const int nibble = job->codes[row * divide_up(job->shape->groups, 2) + group / 2] >> 4 * (group % 2) & 15;
+    out[row % CODED_BYTES] |= (uint8_t)(nibble << (row % ROWS < CODED_BYTES ? 0 : 4));
+}
+
 /* The codes of a piece, out of bytes that it shares with its neighbours; what lies behind it is 0. */
 static const uint8_t *read_codes(const packing *job, int64_t row, const tz_piece *piece, uint8_t *room) {
     const uint8_t *bytes = job->trits + row * divide_up(job->shape->columns, PER_BYTE);
@@ -59,14 +67,19 @@ static const uint8_t *read_codes(const packing *job, int64_t row, const tz_piece
 
 static void pack_row(const packing *job, int64_t row, uint8_t *out) {
     const tz_shape *s = job->shape;
+    if (s->levels == TZ_CODED_SCALES) memcpy(out + row % ROWS * sizeof(float), job->factors + row, sizeof(float));
+    out += s->head_bytes;
     for (int64_t p = 0; p < s->pieces; p++) {
         const tz_piece *piece = &s->piece[p];
         uint8_t room[PIECE + 2 * PER_BYTE + ENTRY];
         const uint8_t *codes = read_codes(job, row, piece, room);
         uint8_t *tail = out + piece->vectors * VECTOR_BYTES, *scale = tail + piece->tails * TAIL_BYTES;
         pack_piece(piece, (int)(s->width / QUAD), (int)(row % ROWS), codes, out, tail);
-        pack_level(s, row, piece->group, job->scale, scale);
-        if (s->has_shift) pack_level(s, row, piece->group, job->shift, scale + LEVEL_BYTES);
+        if (s->levels == TZ_CODED_SCALES)
+            pack_code(job, row, piece->group, scale);
+        else
+            pack_level(s, row, piece->group, job->scale, scale);
+        if (s->levels == TZ_SCALES_AND_SHIFTS) pack_level(s, row, piece->group, job->shift, scale + LEVEL_BYTES);
         out += piece->bytes;
     }
 }
@@ -77,14 +90,25 @@ static void pack_blocks(void *context, int64_t first, int64_t last) {
     for (int64_t b = first; b < last; b++) {
         uint8_t *block = job->packed + b * s->block_bytes;
         memset(block, 0, (size_t)s->block_bytes);
+        if (s->levels == TZ_CODED_SCALES) memcpy(block + FACTOR_BYTES, job->steps, LEVEL_BYTES);
         for (int64_t row = b * ROWS; row < s->rows && row < (b + 1) * ROWS; row++) pack_row(job, row, block);
     }
+}
+
+static void pack(packing *job, int threads) {
+    for (int byte = 0; byte < BYTES; byte++)
+        for (int d = 0, rest = byte; d < PER_BYTE; d++, rest /= 3) job->digits[byte][d] = (uint8_t)(rest % 3);
+    tz_run(pack_blocks, job, divide_up(job->shape->rows, ROWS), 1, threads);
 }
 
 void tz_pack_ternary(const tz_shape *s, const uint8_t *trits, const uint16_t *scale, const uint16_t *shift,
                      uint8_t *packed, int threads) {
     packing job = {.shape = s, .trits = trits, .scale = scale, .shift = shift, .packed = packed};
-    for (int byte = 0; byte < BYTES; byte++)
-        for (int d = 0, rest = byte; d < PER_BYTE; d++, rest /= 3) job.digits[byte][d] = (uint8_t)(rest % 3);
-    tz_run(pack_blocks, &job, divide_up(s->rows, ROWS), 1, threads);
+    pack(&job, threads);
+}
+
+void tz_pack_coded(const tz_shape *s, const uint8_t *trits, const uint8_t *codes, const float *factors,
+                   const uint16_t *steps, uint8_t *packed, int threads) {
+    packing job = {.shape = s, .trits = trits, .codes = codes, .factors = factors, .steps = steps, .packed = packed};
+    pack(&job, threads);
 }

@@ -81,7 +81,7 @@ static void join_feed_forward(void *context, int64_t first, int64_t last) {
 /* act(gate(x)) * up(x) -> gate [tokens][inner]. */
 static int feed(prompt *p, const float *x, int64_t tokens, int threads) {
     const linear *gate = &p->block->linear[TZ_GATE], *up = &p->block->linear[TZ_UP];
-    if (tz_same_cut(gate->shape, up->shape) && gate->shape->has_shift == up->shape->has_shift)
+    if (tz_same_cut(gate->shape, up->shape) && gate->shape->levels == up->shape->levels)
         return tz_gated_linear(gate, up, p->d->activation, x, p->gate, tokens, p->d->exact, threads);
     if (multiply(p, TZ_GATE, x, p->gate, tokens, threads)) return -1;
     if (multiply(p, TZ_UP, x, p->up, tokens, threads)) return -1;

@@ -61,6 +61,13 @@ static inline fvec f_halves(const uint8_t *halves) {
     EACH_LANE out.lane[i] = half_scalar(halves + HALF_BYTES * i);
     return out;
 }
+typedef const uint8_t *steps;
+static inline steps load_steps(const uint8_t *halves) { return halves; }
+static inline fvec f_steps(steps s, const uint8_t *codes) {
+    fvec out;
+    EACH_LANE out.lane[i] = half_scalar(s + HALF_BYTES * (codes[i % CODED_BYTES] >> 4 * (i / CODED_BYTES) & 15));
+    return out;
+}
 static inline fvec f_bfloats(const uint8_t *halves) {
     uint16_t half[ROWS];
     fvec out;

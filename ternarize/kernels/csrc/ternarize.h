@@ -13,7 +13,10 @@ extern "C" {
 #define TZ_API __attribute__((visibility("default")))
 
 /* Counts up whenever a signature here changes; the Python side refuses another one. */
-#define TZ_ABI 5
+#define TZ_ABI 6
+
+/* Of a ternary weight's groups: scales in fp16, shifts beside them, or scales of 4 bits. */
+enum tz_levels { TZ_SCALES = 0, TZ_SCALES_AND_SHIFTS = 1, TZ_CODED_SCALES = 2 };
 
 enum tz_dtype { TZ_FLOAT32 = 0, TZ_BFLOAT16 = 1, TZ_FLOAT16 = 2 };
 
@@ -37,7 +40,7 @@ TZ_API void tz_set_team(tz_team team);
 
 /* A weight's shape, as one path lays it out. `columns` is I, `group` is S (the last group may be short).
  * NULL where there is no memory; free with tz_free_shape. */
-TZ_API tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t group, int has_shift);
+TZ_API tz_shape *tz_ternary_shape(int path, int64_t rows, int64_t columns, int64_t group, int levels);
 TZ_API tz_shape *tz_table_shape(int path, int64_t rows, int64_t columns, int64_t group, int bits);
 TZ_API void tz_free_shape(tz_shape *shape);
 
@@ -49,6 +52,11 @@ TZ_API int64_t tz_packed_bytes(const tz_shape *shape);
  *   scale  fp16 [O, G];  shift  fp16 [O, G], or NULL where the shape has none */
 TZ_API void tz_pack_ternary(const tz_shape *shape, const uint8_t *trits, const uint16_t *scale, const uint16_t *shift,
                             uint8_t *packed, int threads);
+
+/* The same with coded scales: factor * steps[code].
+ *   codes  uint8 [O, ceil(G / 2)], 4 bits each, low ones first;  factors  float [O];  steps  fp16 [16] */
+TZ_API void tz_pack_coded(const tz_shape *shape, const uint8_t *trits, const uint8_t *codes, const float *factors,
+                          const uint16_t *steps, uint8_t *packed, int threads);
 
 /* y = x W' + bias.   x [M, I] and y [M, O] in `dtype`; bias float [O] or NULL.
  * exact: float activations; otherwise int8, one scale per token and piece of a group (see layout.h), and bfloat16 on

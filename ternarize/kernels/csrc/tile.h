@@ -19,6 +19,8 @@
  *   dot_six(quad, x, more)      the same of codes of 6 bits, and 32 times `more`
  *   fma_part(scale, part, sum)  add the lanes times scale
  *   fma_int8(weights, x)        64 products with float activations, summed in any way into 16 lanes
+ *   steps, load_steps(halves)   16 scales in fp16
+ *   f_steps(steps, codes)       ... those that 16 codes of 4 bits name
  *   i_/f_ functions whose names say what they do
  */
 #include "floats.h"
@@ -47,7 +49,7 @@ enum { LANES = 16, CACHE_LINE = 64, AHEAD = 6144 };
 
 /* -- activations ------------------------------------------------------------------------------------------------ */
 
-static void read_activations(const void *x, int dtype, int64_t start, int columns, float *restrict out) {
+static ALWAYS_INLINE void read_activations(const void *x, int dtype, int64_t start, int columns, float *restrict out) {
     const uint16_t *half = (const uint16_t *)x + start;
     if (dtype == TZ_FLOAT32)
         memcpy(out, (const float *)x + start, (size_t)columns * sizeof(float));
@@ -57,11 +59,12 @@ static void read_activations(const void *x, int dtype, int64_t start, int column
         for (int i = 0; i < columns; i++) out[i] = from_float16(half[i]);
 }
 
-static ALWAYS_INLINE float sum_of(const int count, const float *restrict values) {
-    float part[LANES] = {0}, sum = 0;
-    for (int i = 0; i < count; i += LANES)
-        for (int j = 0; j < LANES; j++) part[j] += values[i + j];
-    for (int j = 0; j < LANES; j++) sum += part[j];
+static ALWAYS_INLINE float sum_of(const float *values, int64_t count) {
+    fvec lanes = f_set(0);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) lanes = f_fma(f_load(values + i), f_set(1), lanes);
+    float sum = f_sum(lanes);
+    for (; i < count; i++) sum += values[i];
     return sum;
 }
 
@@ -95,15 +98,23 @@ static ALWAYS_INLINE float round_codes(const int count, const float *restrict va
 /* A piece of a token's row, at `place`; `count` is at least the stride, and what lies behind the piece is 0. */
 static ALWAYS_INLINE void prepare_piece(const int count, const tz_shape *s, const void *row, int dtype,
                                         const tz_piece *piece, const tz_tokens *t, int64_t place) {
-    float values[PIECE] = {0};
-    read_activations(row, dtype, piece->start, piece->columns, values);
-    t->sum[place] = sum_of(count, values);
+    float room[PIECE];
+    const float *values = room;
+    if (piece->columns < count) {
+        read_activations(row, dtype, piece->start, piece->columns, room);
+        memset(room + piece->columns, 0, (size_t)(count - piece->columns) * sizeof *room);
+    } else if (dtype == TZ_FLOAT32) {                         /* where they lie: to copy them takes as long as the rest */
+        values = (const float *)row + piece->start;
+    } else {
+        read_activations(row, dtype, piece->start, count, room);
+    }
+    t->sum[place] = sum_of(values, count);
     if (t->exact) {
         memcpy(t->values + place * s->stride, values, (size_t)s->stride * sizeof(float));
     } else {
-        int8_t codes[PIECE];
-        t->scale[place] = round_codes(count, values, codes, &t->minus_sum[place]);
-        memcpy(t->codes + place * s->stride, codes, (size_t)s->stride);
+        int8_t codes[PIECE], *out = t->codes + place * s->stride;
+        t->scale[place] = round_codes(count, values, s->stride == count ? out : codes, &t->minus_sum[place]);
+        if (s->stride != count) memcpy(out, codes, (size_t)s->stride);
     }
 }
 
@@ -132,13 +143,20 @@ static ALWAYS_INLINE void prefetch(const uint8_t *w, int bytes) {
     for (int b = 0; b < bytes; b += CACHE_LINE) __builtin_prefetch(w + AHEAD + b);
 }
 
+/* Scales of a piece, whose levels lie at w; the factors of coded ones are left out. */
+static ALWAYS_INLINE fvec read_scales(const int coded, const uint8_t *block, const uint8_t *w) {
+    return coded ? f_steps(load_steps(block + FACTOR_BYTES), w) : f_halves(w);
+}
+
 /* Add a piece's sums, times scale, and its activations' sums, times shift; where the levels at w end. */
-static ALWAYS_INLINE const uint8_t *add_levels(const int count, const tz_shape *s, const uint8_t *w, const fvec *sum,
+static ALWAYS_INLINE const uint8_t *add_levels(const int count, const int coded, const tz_shape *s,
+                                               const uint8_t *block, const uint8_t *w, const fvec *sum,
                                                const float *activations, fvec *out) {
-    const fvec scale = f_halves(w);
-    w += LEVEL_BYTES;
+    const fvec scale = read_scales(coded, block, w);
     UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(scale, sum[m], out[m]);
-    if (s->has_shift) {
+    if (coded) return w + CODED_BYTES;
+    w += LEVEL_BYTES;
+    if (s->levels == TZ_SCALES_AND_SHIFTS) {
         const fvec shift = f_halves(w);
         w += LEVEL_BYTES;
         UNROLL for (int m = 0; m < count; m++) out[m] = f_fma(shift, f_set(activations[m]), out[m]);
@@ -146,11 +164,18 @@ static ALWAYS_INLINE const uint8_t *add_levels(const int count, const tz_shape *
     return w;
 }
 
-/* `count` tokens, whose first place is `at`, of a tile of `tile`. */
-static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
+/* The sums of all pieces -> y [count][16]. */
+static ALWAYS_INLINE void finish(const int count, const int coded, const uint8_t *block, const fvec *out, float *y) {
+    UNROLL for (int m = 0; m < count; m++)
+        f_store(y + m * ROWS, coded ? f_mul(f_load((const float *)block), out[m]) : out[m]);
+}
+
+/* `count` tokens, whose first place is `at`, of a tile of `tile`; pieces of `vectors` and no tails, if it is not 0. */
+static ALWAYS_INLINE void ternary_int8(const int count, const int coded, const int vectors, const tz_shape *s, const uint8_t *block, const tz_tokens *t,
                                        int64_t at, int tile, float *y) {
     const int chains = CHAINS(count);
     const int64_t stride = s->stride;
+    const uint8_t *w = block + s->head_bytes;
     fvec out[AT_ONCE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
     for (int64_t p = 0; p < s->pieces; p++, at += tile) {
@@ -161,7 +186,7 @@ static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const
             dot[m][0] = start(t->minus_sum[at + m]);        /* codes are trits + 1 */
             UNROLL for (int c = 1; c < chains; c++) dot[m][c] = i_set(0);
         }
-        for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
+        _Pragma("GCC unroll 4") for (int v = vectors ? vectors : s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
             const codes c = unpack(w);
             UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD) {
                 const quad q = field(c, f, chains);
@@ -169,21 +194,22 @@ static ALWAYS_INLINE void ternary_int8(const int count, const tz_shape *s, const
                     dot[m][f % chains] = dot_quad(dot[m][f % chains], q, x + m * stride);
             }
         }
-        for (int v = s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
+        for (int v = vectors ? 0 : s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
             const quad q = unpack_tail(w);
             UNROLL for (int m = 0; m < count; m++) dot[m][0] = dot_quad(dot[m][0], q, x + m * stride);
         }
         fvec sum[AT_ONCE];
         UNROLL for (int m = 0; m < count; m++)
             sum[m] = f_mul(f_from(join(dot[m], chains)), f_set(t->scale[at + m]));
-        w = add_levels(count, s, w, sum, t->sum + at, out);
+        w = add_levels(count, coded, s, block, w, sum, t->sum + at, out);
     }
-    UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
+    finish(count, coded, block, out, y);
 }
 
-static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, const uint8_t *w, const tz_tokens *t,
+static ALWAYS_INLINE void ternary_exact(const int count, const int coded, const tz_shape *s, const uint8_t *block, const tz_tokens *t,
                                         int64_t at, int tile, float *y) {
     const int64_t stride = s->stride;
+    const uint8_t *w = block + s->head_bytes;
     fvec out[AT_ONCE];
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
     for (int64_t p = 0; p < s->pieces; p++, at += tile) {
@@ -202,9 +228,9 @@ static ALWAYS_INLINE void ternary_exact(const int count, const tz_shape *s, cons
             const quad q = unpack_tail(w);
             UNROLL for (int m = 0; m < count; m++) sum[m] = fma_quad(sum[m], q, x + m * stride);
         }
-        w = add_levels(count, s, w, sum, t->sum + at, out);
+        w = add_levels(count, coded, s, block, w, sum, t->sum + at, out);
     }
-    UNROLL for (int m = 0; m < count; m++) f_store(y + m * ROWS, out[m]);
+    finish(count, coded, block, out, y);
 }
 
 /* -- tables ------------------------------------------------------------------------------------------------------ */
@@ -319,17 +345,25 @@ static ALWAYS_INLINE float table_whole(const int six, const tz_shape *s, const u
 #endif
 
 static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t, int64_t first, float *y) {
-    const int tile = tz_tile(t, first);
+    const int tile = tz_tile(t, first), coded = s->levels == TZ_CODED_SCALES;
     for (int m = 0; m < tile; m += AT_ONCE) {
         const int count = tile - m < AT_ONCE ? tile - m : AT_ONCE;
         const int64_t at = tz_place(s, first, tile, 0) + m;
-#define EXACT(n) ternary_exact(n, s, block, t, at, tile, y + m * ROWS)
-#define INT8(n) ternary_int8(n, s, block, t, at, tile, y + m * ROWS)
+#define EXACT(n) ternary_exact(n, coded, s, block, t, at, tile, y + m * ROWS)
+#define COMMON(n) ternary_int8(n, 1, 2, s, block, t, at, tile, y + m * ROWS)
+#define CODED(n) ternary_int8(n, 1, 0, s, block, t, at, tile, y + m * ROWS)
+#define INT8(n) ternary_int8(n, 0, 0, s, block, t, at, tile, y + m * ROWS)
         if (t->exact)
             UP_TO_AT_ONCE(EXACT)
+        else if (coded && s->vectors == 2)
+            UP_TO_AT_ONCE(COMMON)
+        else if (coded)
+            UP_TO_AT_ONCE(CODED)
         else
             UP_TO_AT_ONCE(INT8)
 #undef EXACT
+#undef COMMON
+#undef CODED
 #undef INT8
     }
 }
@@ -354,17 +388,19 @@ static void table(const tz_shape *s, const uint8_t *records, int rows, const tz_
 }
 
 static void store(const float *y, const float *bias, int rows, int count, int64_t out_stride, void *out, int dtype) {
+    float added[ROWS] = {0};
+    if (bias) memcpy(added, bias, (size_t)rows * sizeof *added);
     for (int m = 0; m < count; m++) {
+        const fvec sum = f_fma(f_set(1), f_load(y + m * ROWS), f_load(added));
+        if (dtype == TZ_FLOAT32 && rows == ROWS) {
+            f_store((float *)out + m * out_stride, sum);
+            continue;
+        }
         float value[ROWS];
         uint16_t half[ROWS];
-        for (int r = 0; r < ROWS; r++) value[r] = y[m * ROWS + r];
-        if (bias)
-            for (int r = 0; r < rows; r++) value[r] += bias[r];
+        f_store(value, sum);
         if (dtype == TZ_FLOAT32) {
-            if (rows == ROWS)
-                memcpy((float *)out + m * out_stride, value, sizeof value);
-            else
-                memcpy((float *)out + m * out_stride, value, (size_t)rows * sizeof(float));
+            memcpy((float *)out + m * out_stride, value, (size_t)rows * sizeof *value);
             continue;
         }
         for (int r = 0; r < ROWS; r++) half[r] = dtype == TZ_BFLOAT16 ? to_bfloat16(value[r]) : to_float16(value[r]);

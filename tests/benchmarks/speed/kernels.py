@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ternarize.errors import TernarizeError
 from ternarize.kernels import cpu
-from ternarize.packing import pack_trits, quantize_table
+from ternarize.packing import CodedScales, encode_levels, pack_trits, quantize_table, split_scales
 from ternarize.sources import cache_folder
 
 from ..quality.contenders import environment
@@ -63,21 +63,28 @@ class Kernel:
 
 
 def ternary_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call], int]]:
-    """{name: (one call for each matrix, bytes of one matrix)} of every path, with scale, with shift or without."""
+    """{name: (one call for each matrix, bytes of one matrix)} of every path: scale and shift, scale, scale in 4 bits."""
     found: dict[str, tuple[list[Call], int]] = {}
     groups = -(-size // group_size)
     trits = pack_trits(torch.randint(-1, 2, (size, size), dtype=torch.int8))
     scale, some = (torch.rand(size, groups) + 0.1).half(), torch.randn(size, groups).half()
-    kinds = (("int8", some, False), ("int8, no shift", None, False), ("float", some, True))
+    coded = split_scales(encode_levels(scale, None, 4, 0))
+    assert coded is not None
+    kinds: tuple[tuple[str, tuple[Tensor, Tensor | None] | CodedScales, bool], ...] = (
+        ("int8", (scale, some), False),
+        ("int8, no shift", (scale, None), False),
+        ("int8, scales of 4 bits", coded, False),
+        ("float", (scale, some), True),
+    )
     for name, supported in cpu.paths().items():
         if not supported:
             continue
         path = cpu.select(name)
         assert path is not None
-        for kind, shift, exact in kinds:
-            one = cpu.PackedTernary(path, trits, scale, shift, None, size, group_size)
+        for kind, levels, exact in kinds:
+            one = cpu.PackedTernary(path, trits, levels, None, size, group_size)
             count = FEW if name == "scalar" else max(FEW, CYCLED // one.packed.numel())
-            packed = [cpu.PackedTernary(path, trits, scale, shift, None, size, group_size) for _ in range(count)]
+            packed = [cpu.PackedTernary(path, trits, levels, None, size, group_size) for _ in range(count)]
             calls: list[Call] = [lambda x, p=p, exact=exact: p.linear(x, exact) for p in packed]  # type: ignore[misc]
             found[f"{name}, {kind}"] = calls, one.packed.numel()
     return found
