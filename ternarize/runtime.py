@@ -5,8 +5,8 @@ embedding and the output head.
 
 Where a model is loaded (`swap.run_natively`), products on a CPU go to the native kernels; a conversion never does
 that, so that its numbers are the reference's on every machine. A linear that runs natively has its weight a second
-time, laid out for the processor: 2 to 2.5 bits a weight beside the file's 1.75, which need not be in memory then (see
-`mapped`). A head's table is read where it lies.
+time, laid out for the processor: by the recipes 2.1 bits a weight beside the file's 1.75, which need not be in memory
+then (see `mapped`). A head's table is read where it lies.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ enum { PER_BYTE = 5, ENTRY = 8, BYTES = 256 };      /* eight bytes are copied fa
 typedef struct {
     const tz_shape *shape;
     const uint8_t *trits;
-    const uint16_t *scale, *shift;          /* or */
-    const uint8_t *codes;
+    const uint16_t *scale, *shift;
+    const uint8_t *codes;                   /* instead of them, with what they stand for */
     const float *factors;
     const uint16_t *steps;
     uint8_t *packed;

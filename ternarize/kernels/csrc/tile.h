@@ -170,9 +170,20 @@ static ALWAYS_INLINE void finish(const int count, const int coded, const uint8_t
         f_store(y + m * ROWS, coded ? f_mul(f_load((const float *)block), out[m]) : out[m]);
 }
 
+/* Add a vector's products with `count` tokens, which are `stride` apart. */
+static ALWAYS_INLINE void add_vector(const int count, const int chains, int64_t stride, const uint8_t *w,
+                                     const int8_t *x, ivec (*dot)[4]) {
+    const codes c = unpack(w);
+    UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD) {
+        const quad q = field(c, f, chains);
+        UNROLL for (int m = 0; m < count; m++)
+            dot[m][f % chains] = dot_quad(dot[m][f % chains], q, x + m * stride);
+    }
+}
+
 /* `count` tokens, whose first place is `at`, of a tile of `tile`; pieces of `vectors` and no tails, if it is not 0. */
-static ALWAYS_INLINE void ternary_int8(const int count, const int coded, const int vectors, const tz_shape *s, const uint8_t *block, const tz_tokens *t,
-                                       int64_t at, int tile, float *y) {
+static ALWAYS_INLINE void ternary_int8(const int count, const int coded, const int vectors, const tz_shape *s,
+                                       const uint8_t *block, const tz_tokens *t, int64_t at, int tile, float *y) {
     const int chains = CHAINS(count);
     const int64_t stride = s->stride;
     const uint8_t *w = block + s->head_bytes;
@@ -186,14 +197,10 @@ static ALWAYS_INLINE void ternary_int8(const int count, const int coded, const i
             dot[m][0] = start(t->minus_sum[at + m]);        /* codes are trits + 1 */
             UNROLL for (int c = 1; c < chains; c++) dot[m][c] = i_set(0);
         }
-        _Pragma("GCC unroll 4") for (int v = vectors ? vectors : s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
-            const codes c = unpack(w);
-            UNROLL for (int f = 0; f < FIELDS; f++, x += QUAD) {
-                const quad q = field(c, f, chains);
-                UNROLL for (int m = 0; m < count; m++)
-                    dot[m][f % chains] = dot_quad(dot[m][f % chains], q, x + m * stride);
-            }
-        }
+        UNROLL for (int v = 0; v < vectors; v++, w += VECTOR_BYTES, x += FIELDS * QUAD)
+            add_vector(count, chains, stride, w, x, dot);
+        for (int v = vectors ? 0 : s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES, x += FIELDS * QUAD)
+            add_vector(count, chains, stride, w, x, dot);
         for (int v = vectors ? 0 : s->piece[p].tails; v > 0; v--, w += TAIL_BYTES, x += QUAD) {
             const quad q = unpack_tail(w);
             UNROLL for (int m = 0; m < count; m++) dot[m][0] = dot_quad(dot[m][0], q, x + m * stride);
@@ -206,8 +213,8 @@ static ALWAYS_INLINE void ternary_int8(const int count, const int coded, const i
     finish(count, coded, block, out, y);
 }
 
-static ALWAYS_INLINE void ternary_exact(const int count, const int coded, const tz_shape *s, const uint8_t *block, const tz_tokens *t,
-                                        int64_t at, int tile, float *y) {
+static ALWAYS_INLINE void ternary_exact(const int count, const int coded, const tz_shape *s, const uint8_t *block,
+                                        const tz_tokens *t, int64_t at, int tile, float *y) {
     const int64_t stride = s->stride;
     const uint8_t *w = block + s->head_bytes;
     fvec out[AT_ONCE];
@@ -350,19 +357,19 @@ static void ternary(const tz_shape *s, const uint8_t *block, const tz_tokens *t,
         const int count = tile - m < AT_ONCE ? tile - m : AT_ONCE;
         const int64_t at = tz_place(s, first, tile, 0) + m;
 #define EXACT(n) ternary_exact(n, coded, s, block, t, at, tile, y + m * ROWS)
-#define COMMON(n) ternary_int8(n, 1, 2, s, block, t, at, tile, y + m * ROWS)
+#define RECIPES(n) ternary_int8(n, 1, 2, s, block, t, at, tile, y + m * ROWS)   /* groups of 32 have two vectors */
 #define CODED(n) ternary_int8(n, 1, 0, s, block, t, at, tile, y + m * ROWS)
 #define INT8(n) ternary_int8(n, 0, 0, s, block, t, at, tile, y + m * ROWS)
         if (t->exact)
             UP_TO_AT_ONCE(EXACT)
         else if (coded && s->vectors == 2)
-            UP_TO_AT_ONCE(COMMON)
+            UP_TO_AT_ONCE(RECIPES)
         else if (coded)
             UP_TO_AT_ONCE(CODED)
         else
             UP_TO_AT_ONCE(INT8)
 #undef EXACT
-#undef COMMON
+#undef RECIPES
 #undef CODED
 #undef INT8
     }

@@ -63,7 +63,7 @@ class Kernel:
 
 
 def ternary_contenders(size: int, group_size: int) -> dict[str, tuple[list[Call], int]]:
-    """{name: (one call for each matrix, bytes of one matrix)} of every path: scale and shift, scale, scale in 4 bits."""
+    """{name: (one call for each matrix, bytes of one matrix)} of every path, by what a group has."""
     found: dict[str, tuple[list[Call], int]] = {}
     groups = -(-size // group_size)
     trits = pack_trits(torch.randint(-1, 2, (size, size), dtype=torch.int8))
