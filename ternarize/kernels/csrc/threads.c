@@ -1,8 +1,8 @@
 /* A small pool of threads that wait passively.
  *
  * The caller takes parts of its work like any helper, so it never waits for a thread that has not begun: a helper that
- * the operating system wakes late finds nothing left. Helpers look for work for some microseconds before they sleep,
- * because the next linear of a model follows soon. */
+ * the operating system wakes late finds nothing left. Who has nothing to do, helper or caller, looks for some
+ * microseconds before it sleeps: the next linear of a model follows soon, and a helper's last part takes no longer. */
 #include "threads.h"
 
 #include "ternarize.h"
@@ -17,7 +17,8 @@ enum { MOST_HELPERS = 255, LOOKS = 64, NANOSECONDS_AWAKE = 30000 };
 typedef struct {
     tz_work work;
     void *context;
-    int64_t total, part;
+    int64_t total, grain, least;   /* part of it */
+    int threads;
     _Atomic int64_t next;
 } job;
 
@@ -58,11 +59,20 @@ static void watch_forks(void) {
     pthread_once(&once, register_watch);
 }
 
+/* The next part takes half of what would be each thread's: many parts are small, so that all end together, and the
+ * first ones large, so that each thread reads on where it was. */
+static int64_t part_of(const job *j, int64_t left) {
+    const int64_t share = left / (2 * j->threads) / j->grain * j->grain, part = share > j->least ? share : j->least;
+    return part < left ? part : left;
+}
+
 static void work_on(job *j) {
-    for (;;) {
-        const int64_t first = atomic_fetch_add(&j->next, j->part);
-        if (first >= j->total) return;
-        j->work(j->context, first, first + j->part < j->total ? first + j->part : j->total);
+    int64_t first = atomic_load(&j->next);
+    while (first < j->total) {
+        const int64_t part = part_of(j, j->total - first);
+        if (!atomic_compare_exchange_weak(&j->next, &first, first + part)) continue;
+        j->work(j->context, first, first + part);
+        first = atomic_load(&j->next);
     }
 }
 
@@ -91,7 +101,13 @@ static void look_for_work(unsigned seen) {
 }
 
 static void look_for_end(void) {
-    for (int i = 0; i < LOOKS && atomic_load_explicit(&pool.inside, memory_order_relaxed); i++) rest();
+    const int64_t until = now() + NANOSECONDS_AWAKE;
+    do
+        for (int i = 0; i < LOOKS; i++) {
+            if (!atomic_load_explicit(&pool.inside, memory_order_relaxed)) return;
+            rest();
+        }
+    while (now() < until);
 }
 
 static void *help(void *unused) {
@@ -149,8 +165,8 @@ static void share(job *j, int helpers) {
 }
 
 static job divide(tz_work work, void *context, int64_t total, int64_t grain, int threads) {
-    const int64_t parts = 4 * (int64_t)threads;               /* so that a thread that is held up delays little */
-    return (job){work, context, total, (total / parts / grain + 1) * grain, 0};
+    const int64_t parts = 16 * (int64_t)threads;              /* so that a thread that is held up delays little */
+    return (job){work, context, total, grain, (total / parts / grain + 1) * grain, threads, 0};
 }
 
 void tz_run(tz_work work, void *context, int64_t total, int64_t grain, int threads) {
