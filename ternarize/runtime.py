@@ -90,6 +90,7 @@ class TernaryLinear(nn.Module):
         self.activations: str | None = None  # "int8" or "float" natively; None is the reference
         self._packed: kernels.PackedTernary | kernels.BuiltinTernary | None = None
         self._packed_from: list[tuple[Tensor, int]] = []
+        self._packed_exactly = False
         self._unpacked: Tensor | None = None  # the weight, while `unpacked` keeps it
 
     @classmethod
@@ -206,11 +207,13 @@ class TernaryLinear(nn.Module):
         if self.weight.device.type != "cpu" or make is None:
             return None
         current = [(t, _version(t)) for t in (*self._buffers.values(), self.bias) if t is not None]
-        if self._packed is None or self._packed.path != path or not _same(self._packed_from, current):
-            coded = None if path is None or self.coded is None else split_scales(self.coded)
+        exactly = self.activations == "float"  # then scales are the file's too, in fp16
+        kept = self._packed is not None and self._packed.path == path and self._packed_exactly == exactly
+        if not kept or not _same(self._packed_from, current):
+            coded = None if exactly or path is None or self.coded is None else split_scales(self.coded)
             levels = self.read_levels() if coded is None else coded
             self._packed = make(self.weight, levels, self.bias, self.in_features, self.group_size)
-            self._packed_from = current
+            self._packed_from, self._packed_exactly = current, exactly
         return self._packed
 
     def extra_repr(self) -> str:

@@ -236,9 +236,14 @@ def test_coded_levels_have_the_values_of_the_file(path: cpu.Native, bits: int, s
     linear = TernaryLinear.from_tensor(TernaryTensor(plain.trits, scale, shifts, 64, levels))
     x = torch.randn(5, 200)
     want = linear(x)
+    weight = linear.to_tensor()
     run_natively(linear, "float")
-    looked_up = bits == 4 and not shift  # then the product is not rounded to fp16, its 16 steps are
-    allowed = (2**-11 if looked_up else 2e-6) * summands(x, linear.to_tensor())
+    torch.testing.assert_close(linear(x), want, rtol=1e-5, atol=1e-5)
+    run_natively(linear, "int8")
+    allowed = int8_bound(path, x, weight)
+    looked_up = bits == 4 and not shift  # then scales are not rounded to fp16, their 16 steps are
+    if looked_up:
+        allowed = allowed + 2**-11 * summands(x, weight)
     assert ((linear(x) - want).abs() <= allowed).all()
     packed = linear.pack()
     assert isinstance(packed, cpu.PackedTernary)

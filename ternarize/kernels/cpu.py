@@ -5,9 +5,9 @@ A path is an instruction set: the fastest that the processor has is chosen when 
     TERNARIZE_CPU=NAME           another path, by name; "torch" is none of them, the reference
     TERNARIZE_ACTIVATIONS=NAME   "int8" (the default) or "float"
 
-Activations in int8 have one scale per token and at most 128 columns of a group; float activations are exact, and
-slower. Scales of 4 bits stay codes, and are the file's to 2^-11 (`packing.split_scales`). Everything else is exact up
-to float32 rounding. Shapes: B any leading sizes, I in features, O out features, G groups in a row, S group size.
+Activations in int8 have one scale per token and at most 128 columns of a group, and beside them scales of 4 bits stay
+codes, the file's to 2^-11 (`packing.split_scales`); with float activations all is exact up to float32 rounding, and
+slower. Shapes: B any leading sizes, I in features, O out features, G groups in a row, S group size.
 """
 
 from __future__ import annotations
