@@ -90,7 +90,7 @@ class TernaryLinear(nn.Module):
         self.activations: str | None = None  # "int8" or "float" natively; None is the reference
         self._packed: kernels.PackedTernary | kernels.BuiltinTernary | None = None
         self._packed_from: list[tuple[Tensor, int]] = []
-        self._packed_exactly = False
+        self._packed_codes = False  # whether of scales, if they are of a kind that can stay so
         self._unpacked: Tensor | None = None  # the weight, while `unpacked` keeps it
 
     @classmethod
@@ -207,13 +207,14 @@ class TernaryLinear(nn.Module):
         if self.weight.device.type != "cpu" or make is None:
             return None
         current = [(t, _version(t)) for t in (*self._buffers.values(), self.bias) if t is not None]
-        exactly = self.activations == "float"  # then scales are the file's too, in fp16
-        kept = self._packed is not None and self._packed.path == path and self._packed_exactly == exactly
+        codes = path is not None and self.levels is not None and self.activations != "float"  # "float": exact scales
+        kept = self._packed is not None and self._packed.path == path and self._packed_codes == codes
         if not kept or not _same(self._packed_from, current):
-            coded = None if exactly or path is None or self.coded is None else split_scales(self.coded)
-            levels = self.read_levels() if coded is None else coded
+            coded = self.coded if codes else None
+            scales = None if coded is None else split_scales(coded)
+            levels = self.read_levels() if scales is None else scales
             self._packed = make(self.weight, levels, self.bias, self.in_features, self.group_size)
-            self._packed_from, self._packed_exactly = current, exactly
+            self._packed_from, self._packed_codes = current, codes
         return self._packed
 
     def extra_repr(self) -> str:

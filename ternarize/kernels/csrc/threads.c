@@ -90,21 +90,21 @@ static void rest(void) {
 #endif
 }
 
-static void look_for_work(unsigned seen) {
-    const int64_t until = now() + NANOSECONDS_AWAKE;
-    do
-        for (int i = 0; i < LOOKS; i++) {
-            if ((int)(atomic_load_explicit(&pool.called, memory_order_relaxed) - seen) > 0) return;
-            rest();
-        }
-    while (now() < until);
+/* Whether there has been a job since that round; and whether all helpers have left theirs. */
+static int is_called(unsigned seen) {
+    return (int)(atomic_load_explicit(&pool.called, memory_order_relaxed) - seen) > 0;
 }
 
-static void look_for_end(void) {
+static int is_alone(unsigned unused) {
+    (void)unused;
+    return !atomic_load_explicit(&pool.inside, memory_order_relaxed);
+}
+
+static void look_for(int (*found)(unsigned), unsigned seen) {
     const int64_t until = now() + NANOSECONDS_AWAKE;
     do
         for (int i = 0; i < LOOKS; i++) {
-            if (!atomic_load_explicit(&pool.inside, memory_order_relaxed)) return;
+            if (found(seen)) return;
             rest();
         }
     while (now() < until);
@@ -117,7 +117,7 @@ static void *help(void *unused) {
         while (!pool.job || pool.round == seen || pool.seats == 0) {
             seen = pool.round;
             pthread_mutex_unlock(&pool.lock);
-            look_for_work(seen);
+            look_for(is_called, seen);
             pthread_mutex_lock(&pool.lock);
             if (pool.round == seen) pthread_cond_wait(&pool.begun, &pool.lock);
         }
@@ -157,7 +157,7 @@ static void share(job *j, int helpers) {
     pthread_mutex_unlock(&pool.lock);
     atomic_store(&pool.called, round);
     work_on(j);
-    look_for_end();
+    look_for(is_alone, round);
     pthread_mutex_lock(&pool.lock);
     pool.job = NULL;
     while (pool.inside > 0) pthread_cond_wait(&pool.left, &pool.lock);
