@@ -74,9 +74,14 @@ def test_scores_of_other_runs_stand_beside_each_other(
 ) -> None:
     folder = copy_folder(ternary, tmp_path / "copy")
     wanted = ["evaluate", folder, "--tasks", "piqa", "--task-data", data, "--quiet"]
-    for options in (["--teacher", llama], ["--dtype", "bfloat16", "--activations", "int8"], []):
-        code, _, err = run(*wanted, *options)
+    for options, how in (
+        (["--teacher", llama], ""),
+        (["--dtype", "bfloat16", "--activations", "int8"], ", int8 activations, bfloat16"),
+        ([], ""),
+    ):
+        code, out, err = run(*wanted, *options)
         assert code == 0, err
+        assert f"piqa (acc_norm, 12 items, guessing 50 %{how})" in out
     first, second = Report.read(folder).run["tasks"]
     assert first["how"] == ""
     assert first["teacher"] is not None  # not replaced by the last, which has none

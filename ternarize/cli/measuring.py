@@ -117,7 +117,9 @@ def _rows(student: Path, results: list[Evaluation], scores: list[Score]) -> list
     for score in scores:
         other = "" if score.teacher is None else f"{100 * score.teacher:.1f} %"
         guess = "" if score.chance is None else f", guessing {100 * score.chance:.0f} %"
-        rows.append((f"{score.task} ({score.metric}, {score.items} items{guess})", other, f"{100 * score.score:.1f} %"))
+        how = f", {score.how}" if score.how else ""
+        what = f"{score.task} ({score.metric}, {score.items} items{guess}{how})"
+        rows.append((what, other, f"{100 * score.score:.1f} %"))
     return rows
 
 
