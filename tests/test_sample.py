@@ -16,7 +16,7 @@ from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.text import adds_bos, load_tokenizer
 
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture(scope="module")
