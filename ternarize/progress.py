@@ -8,6 +8,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
 from typing import Protocol
 
 from ternarize.errors import TernarizeError
@@ -102,6 +104,17 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def bars_on_terminals(module: ModuleType) -> Iterator[None]:
+    """A module's own bars, which no setting turns off, only where standard error is a terminal."""
+    own = getattr(module, "tqdm", tqdm)
+    module.tqdm = partial(own, disable=None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.tqdm = own  # type: ignore[attr-defined]
 
 
 def duration(seconds: float) -> str:

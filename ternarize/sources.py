@@ -25,7 +25,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
 from ternarize.errors import TernarizeError, first_line, nearest
-from ternarize.progress import quiet_transformers
+from ternarize.progress import bars_on_terminals, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -204,11 +204,11 @@ def _dequantize_gguf(gguf: Path, folder: Path) -> None:
         from gguf import GGUFReader
     except ImportError as error:
         raise TernarizeError(f"{gguf.name}: reading GGUF needs gguf. Run: pip install 'ternarize[gguf]'") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils.quantization_config import GgufConfig
 
     try:
-        with warnings.catch_warnings(), quiet_transformers():
+        with warnings.catch_warnings(), quiet_transformers(), bars_on_terminals(modeling_gguf_pytorch_utils):
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,

@@ -435,7 +435,12 @@ def test_an_export_comes_back_bit_for_bit(family: str, worded: dict[str, Path], 
 
 @pytest.mark.parametrize(("apart", "tied"), [(0.05, True), (1.0, False)], ids=["quantized apart", "strangers"])
 def test_a_head_that_is_the_embedding_quantized_apart_is_tied_again(
-    apart: float, tied: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apart: float,
+    tied: bool,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TERNARIZE_CACHE", str(tmp_path / "cache"))
     shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": False}
@@ -448,7 +453,9 @@ def test_a_head_that_is_the_embedding_quantized_apart_is_tied_again(
     TOKENIZERS["smollm"]().save_pretrained(source)
     conversion.convert(source, tmp_path / "student", make_recipe(text, **WITHOUT_DATA), progress=QUIET)
     (done,) = export(tmp_path / "student", ["gguf-q4_0"], tmp_path / "out", allow_lossy=True, progress=QUIET)
+    capfd.readouterr()
     folder = sources.resolve(str(done.readable))
+    assert capfd.readouterr().err == ""  # where that is no terminal, no bar
     names = load_file(folder / "model.safetensors").keys()
     assert ("lm_head.weight" not in names) == tied
     found = AutoModelForCausalLM.from_pretrained(folder)
