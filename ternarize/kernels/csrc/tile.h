@@ -45,7 +45,8 @@ static inline ivec join(const ivec *sums, int chains) {
 }
 #endif
 
-enum { LANES = 16, CACHE_LINE = 64, AHEAD = 6144 };
+enum { LANES = 16, CACHE_LINE = 64 };
+enum { AHEAD = 6144, TABLE_AHEAD = 3072 };                     /* bytes before their use that a matrix's are asked for */
 
 /* -- activations ------------------------------------------------------------------------------------------------ */
 
@@ -139,8 +140,8 @@ static void prepare(const tz_shape *s, const void *x, int dtype, tz_tokens *t, i
 /* -- ternary weights -------------------------------------------------------------------------------------------- */
 
 /* A matrix is read once, in order, from memory: ask for what comes next, also across blocks. */
-static ALWAYS_INLINE void prefetch(const uint8_t *w, int bytes) {
-    for (int b = 0; b < bytes; b += CACHE_LINE) __builtin_prefetch(w + AHEAD + b);
+static ALWAYS_INLINE void prefetch(const uint8_t *next, int bytes) {
+    for (int b = 0; b < bytes; b += CACHE_LINE) __builtin_prefetch(next + b);
 }
 
 /* Scales of a piece, whose levels lie at w; the factors of coded ones are left out. */
@@ -191,7 +192,7 @@ static ALWAYS_INLINE void ternary_int8(const int count, const int coded, const i
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
     for (int64_t p = 0; p < s->pieces; p++, at += tile) {
         const int8_t *x = t->codes + at * stride;
-        prefetch(w, s->piece[p].bytes);
+        prefetch(w + AHEAD, s->piece[p].bytes);
         ivec dot[AT_ONCE][4];
         UNROLL for (int m = 0; m < count; m++) {
             dot[m][0] = start(t->minus_sum[at + m]);        /* codes are trits + 1 */
@@ -221,7 +222,7 @@ static ALWAYS_INLINE void ternary_exact(const int count, const int coded, const 
     UNROLL for (int m = 0; m < count; m++) out[m] = f_set(0);
     for (int64_t p = 0; p < s->pieces; p++, at += tile) {
         const float *x = t->values + at * stride;
-        prefetch(w, s->piece[p].bytes);
+        prefetch(w + AHEAD, s->piece[p].bytes);
         fvec sum[AT_ONCE];
         UNROLL for (int m = 0; m < count; m++) sum[m] = f_set(0);
         for (int v = s->piece[p].vectors; v > 0; v--, w += VECTOR_BYTES) {
@@ -295,7 +296,7 @@ static ALWAYS_INLINE void table_row(const int count, const int exact, const tz_s
         const int64_t at = tz_place(s, first, count, p);
         const fvec scale = f_set(half_scalar(record + s->code_bytes + piece->group * HALF_BYTES));
         if (!six) codes = record + piece->start;
-        prefetch(codes, TABLE_PIECE);
+        prefetch(codes + TABLE_AHEAD, TABLE_PIECE);
         if (exact)
             table_exact(count, s, piece, codes, scale, t->values + at * TABLE_PIECE, out);
         else
@@ -316,10 +317,10 @@ static ALWAYS_INLINE float table_whole(const int six, const tz_shape *s, const u
     fvec out = f_set(0);
     for (int64_t p = 0; p < s->pieces; p++, x += TABLE_PIECE, record += bytes) {
         const float scale = half_scalar(halves + s->piece[p].group * HALF_BYTES) * t->scale[places + p];
-        prefetch(record, bytes);
+        prefetch(record + TABLE_AHEAD, bytes);
         out = table_int8(six, record, TABLE_PIECE, f_set(scale), x, t->minus_sum[places + p], out);
     }
-    prefetch(record, (int)(s->record_bytes - s->code_bytes));
+    prefetch(record + TABLE_AHEAD, (int)(s->record_bytes - s->code_bytes));
     return f_sum(out);
 }
 
