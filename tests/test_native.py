@@ -17,8 +17,10 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parent / "ternarize" / "kernels" / "csrc"
 FUZZ = HERE / "native" / "fuzz.c"
 EMULATED = HERE / "native" / "emulated"
-COMMON = ("decoder.c", "dispatch.c", "pack.c", "prompt.c", "threads.c")
-PLAIN = {"scalar.c": ("-fno-inline",)}  # which takes a sixth of the time to compile under sanitizers, and runs as fast
+COMMON: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("decoder.c", "dispatch.c", "pack.c", "prompt.c", "threads.c"), ()),
+    "scalar.c": ("-fno-inline",),  # takes a sixth of the time to compile under sanitizers, and runs as fast
+}
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c")
 X86 = {
     "avx2.c": ("-mavx2", "-mfma", "-mf16c"),
@@ -36,10 +38,8 @@ def build(
 ) -> Path:
     """The fuzzer as a program; `special` is {file of one instruction set: its flags}, `cpu` tells what there is."""
     objects = []
-    own_flags = dict.fromkeys(COMMON, ()) | PLAIN | special
-    for source in (cpu, *(SOURCES / name for name in own_flags)):
+    for source, own in {cpu: (), **{SOURCES / name: own for name, own in (COMMON | special).items()}}.items():
         objects.append(str(folder / f"{source.name}.o"))
-        own = own_flags.get(source.name, ())
         subprocess.run([compiler, *FLAGS, *flags, *own, "-c", str(source), "-o", objects[-1]], check=True)
     program = folder / "fuzz"
     subprocess.run([compiler, *FLAGS, *flags, str(FUZZ), *objects, "-o", str(program), "-lpthread", "-lm"], check=True)
