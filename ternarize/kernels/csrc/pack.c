@@ -6,6 +6,7 @@
 #include "threads.h"
 
 enum { PER_BYTE = 5, ENTRY = 8, BYTES = 256 };      /* eight bytes are copied faster than five */
+enum { STRIP = 256 };                               /* bytes of trits that are read together */
 
 typedef struct {
     const tz_shape *shape;
@@ -26,17 +27,18 @@ static uint32_t quad_at(const uint8_t *codes, int i) {
 }
 
 /* Bytes do not overflow into each other: 2 (1 + 4 + 16 + 64) and 2 (1 + 3 + 9 + 27 + 81) are below 256. */
-static uint32_t join_quads(const uint8_t *codes, int first, int fields) {
-    const uint32_t base = fields == PER_BYTE ? 3 : 4;
+static uint32_t join_quads(const uint8_t *codes, int fields) {
+    if (fields != PER_BYTE)
+        return quad_at(codes, 0) | quad_at(codes, 1) << 2 | quad_at(codes, 2) << 4 | quad_at(codes, 3) << 6;
     uint32_t joined = 0;
-    for (int f = fields - 1; f >= 0; f--) joined = joined * base + quad_at(codes, first + f);
+    for (int f = PER_BYTE - 1; f >= 0; f--) joined = joined * 3 + quad_at(codes, f);
     return joined;
 }
 
 static void pack_piece(const tz_piece *piece, int fields, int row, const uint8_t *codes, uint8_t *vector,
                        uint8_t *tail) {
     for (int v = 0; v < piece->vectors; v++) {
-        const uint32_t joined = join_quads(codes, v * fields, fields);
+        const uint32_t joined = join_quads(codes + v * fields * QUAD, fields);
         memcpy(vector + v * VECTOR_BYTES + QUAD * row, &joined, sizeof joined);
     }
     for (int q = 0; q < piece->tails; q++) {
@@ -55,24 +57,29 @@ static void pack_code(const packing *job, int64_t row, int64_t group, uint8_t *o
     out[row % CODED_BYTES] |= (uint8_t)(nibble << (row % ROWS < CODED_BYTES ? 0 : 4));
 }
 
-/* The codes of a piece, out of bytes that it shares with its neighbours; what lies behind it is 0. */
-static const uint8_t *read_codes(const packing *job, int64_t row, const tz_piece *piece, uint8_t *room) {
-    const uint8_t *bytes = job->trits + row * divide_up(job->shape->columns, PER_BYTE);
-    const int64_t first = piece->start / PER_BYTE, last = (piece->start + piece->columns - 1) / PER_BYTE;
-    for (int64_t b = first; b <= last; b++) memcpy(room + (b - first) * PER_BYTE, job->digits[bytes[b]], ENTRY);
-    uint8_t *codes = room + piece->start % PER_BYTE;
-    memset(codes + piece->columns, 0, QUAD);
-    return codes;
+/* A row's codes from byte `first` on, as many as fit, and three zeros; returns the column behind them. Many at once,
+ * because the processor waits where it reads what it has just written in other pieces. */
+static int64_t read_codes(const packing *job, int64_t row, int64_t first, uint8_t *strip) {
+    const int64_t all = divide_up(job->shape->columns, PER_BYTE), left = all - first;
+    const int64_t count = left < STRIP ? left : STRIP;
+    const uint8_t *bytes = job->trits + row * all + first;
+    for (int64_t b = 0; b < count; b++) memcpy(strip + b * PER_BYTE, job->digits[bytes[b]], ENTRY);
+    return (first + count) * PER_BYTE;
 }
 
 static void pack_row(const packing *job, int64_t row, uint8_t *out) {
     const tz_shape *s = job->shape;
     if (s->levels == TZ_CODED_SCALES) memcpy(out + row % ROWS * sizeof(float), job->factors + row, sizeof(float));
     out += s->head_bytes;
+    uint8_t strip[STRIP * PER_BYTE + ENTRY];
+    int64_t first = 0, end = 0;
     for (int64_t p = 0; p < s->pieces; p++) {
         const tz_piece *piece = &s->piece[p];
-        uint8_t room[PIECE + 2 * PER_BYTE + ENTRY];
-        const uint8_t *codes = read_codes(job, row, piece, room);
+        if (piece->start + piece->columns > end) {
+            first = piece->start / PER_BYTE;
+            end = read_codes(job, row, first, strip);
+        }
+        const uint8_t *codes = strip + piece->start - first * PER_BYTE;
         uint8_t *tail = out + piece->vectors * VECTOR_BYTES, *scale = tail + piece->tails * TAIL_BYTES;
         pack_piece(piece, (int)(s->width / QUAD), (int)(row % ROWS), codes, out, tail);
         if (s->levels == TZ_CODED_SCALES)
