@@ -89,19 +89,20 @@ def _table(model: Row, threads: int, prompt: int) -> list[str]:
 
 
 def _contexts(model: Row, settings: Row) -> list[str]:
-    """Decode behind prompts of each length."""
+    """Prompts of each length, and decode behind them."""
     columns = [(threads, prompt) for threads in settings["threads"] for prompt in settings["contexts"]]
     names = [f"{threads} thread{'s' if threads > 1 else ''}, {prompt}" for threads, prompt in columns]
-    lines = [
-        "Decode, tokens/s, by tokens before:",
-        "",
-        f"| contender | {' | '.join(names)} |",
-        f"| --- |{' ---: |' * len(names)}",
-    ]
-    for row in _done(model):
-        medians = [statistics.median(figures(row, "decode", *column).values()) for column in columns]
-        lines.append(f"| {row['contender']} | {' | '.join(f'{median:.1f}' for median in medians)} |")
-    return lines
+    lines: list[str] = []
+    for figure, title in (
+        ("prefill", "Prefill, tokens/s, by tokens"),
+        ("decode", "Decode, tokens/s, by tokens before"),
+    ):
+        lines += [f"{title}:", "", f"| contender | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+        for row in _done(model):
+            medians = [statistics.median(figures(row, figure, *column).values()) for column in columns]
+            lines.append(f"| {row['contender']} | {' | '.join(f'{median:.1f}' for median in medians)} |")
+        lines.append("")
+    return lines[:-1]
 
 
 def _below(model: Row) -> list[str]:
@@ -168,6 +169,8 @@ def _bars(axes: Any, model: Row, settings: Row) -> None:
 
 
 def _lines(axes: Any, model: Row, settings: Row) -> None:
+    from matplotlib.ticker import LogFormatter
+
     threads = settings["threads"][-1]
     for row in _done(model):
         medians = [
@@ -180,6 +183,8 @@ def _lines(axes: Any, model: Row, settings: Row) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(settings["contexts"], [str(prompt) for prompt in settings["contexts"]])
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("tokens before")
     axes.set_ylabel(f"decode, tokens/s, {threads} thread{'s' if threads > 1 else ''}")
     axes.grid(alpha=0.3)
