@@ -51,7 +51,8 @@ def markdown(results: Row) -> str:
         for threads in settings["threads"]:
             lines += ["", *_table(model, threads, settings["contexts"][0])]
         if len(settings["contexts"]) > 1:
-            lines += ["", *_contexts(model, settings)]
+            lines += ["", "Prefill, tokens/s, by tokens:", "", *_contexts(model, settings, "prefill")]
+            lines += ["", "Decode, tokens/s, by tokens before:", "", *_contexts(model, settings, "decode")]
         lines += _below(model)
     return "\n".join(lines)
 
@@ -64,9 +65,8 @@ def _table(model: Row, threads: int, prompt: int) -> list[str]:
         for entry in model["bandwidth"]
         if (entry["threads"], entry["prompt"]) == (threads, prompt)
     ]
-    title = "1 thread" if threads == 1 else f"{threads} threads"
     lines = [
-        f"{title}, behind {prompt} tokens; a sum reads {spread(bandwidth)} GB/s:",
+        f"{_count(threads)}, behind {prompt} tokens; a sum reads {spread(bandwidth)} GB/s:",
         "",
         "| contender | read a token, MB | load, s | peak memory, MB | prefill, tokens/s | decode, tokens/s | decode, "
         "x ternarize's | of bandwidth |",
@@ -88,21 +88,19 @@ def _table(model: Row, threads: int, prompt: int) -> list[str]:
     return lines
 
 
-def _contexts(model: Row, settings: Row) -> list[str]:
-    """Prompts of each length, and decode behind them."""
+def _contexts(model: Row, settings: Row, figure: str) -> list[str]:
+    """Medians of "prefill" or "decode" for prompts of each length."""
     columns = [(threads, prompt) for threads in settings["threads"] for prompt in settings["contexts"]]
-    names = [f"{threads} thread{'s' if threads > 1 else ''}, {prompt}" for threads, prompt in columns]
-    lines: list[str] = []
-    for figure, title in (
-        ("prefill", "Prefill, tokens/s, by tokens"),
-        ("decode", "Decode, tokens/s, by tokens before"),
-    ):
-        lines += [f"{title}:", "", f"| contender | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
-        for row in _done(model):
-            medians = [statistics.median(figures(row, figure, *column).values()) for column in columns]
-            lines.append(f"| {row['contender']} | {' | '.join(f'{median:.1f}' for median in medians)} |")
-        lines.append("")
-    return lines[:-1]
+    names = [f"{_count(threads)}, {prompt}" for threads, prompt in columns]
+    lines = [f"| contender | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for row in _done(model):
+        medians = [statistics.median(figures(row, figure, *column).values()) for column in columns]
+        lines.append(f"| {row['contender']} | {' | '.join(f'{median:.1f}' for median in medians)} |")
+    return lines
+
+
+def _count(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def _below(model: Row) -> list[str]:
@@ -157,7 +155,7 @@ def _bars(axes: Any, model: Row, settings: Row) -> None:
             reach = [[middle - min(speeds)], [max(speeds) - middle]]
             limit = middle / statistics.median(shares(row, model["bandwidth"], threads, prompt))
             color, first = f"C{place}", line == 0
-            label = f"{threads} thread{'s' if threads > 1 else ''}" if first else None
+            label = _count(threads) if first else None
             axes.barh(y, middle, width * 0.9, xerr=reach, color=color, label=label, error_kw={"linewidth": 1})
             axes.plot(limit, y, "|", color="0.2", markersize=9, label="bandwidth" if first and not place else None)
     axes.set_yticks(range(len(done)), [row["contender"] for row in done])
@@ -186,6 +184,6 @@ def _lines(axes: Any, model: Row, settings: Row) -> None:
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("tokens before")
-    axes.set_ylabel(f"decode, tokens/s, {threads} thread{'s' if threads > 1 else ''}")
+    axes.set_ylabel(f"decode, tokens/s, {_count(threads)}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
