@@ -88,7 +88,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.text(
         0.99, 0, "teacher", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="0.4", fontsize=8
     )
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set_yscale("symlog", linthresh=1, linscale=0.6)  # straight below 1, so that 0 is there; logarithmic above
     axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20], ["0", "0.5", "1", "2", "5", "10", "20"])
     axes.set_ylim(-0.2, 1.6 * max([1.0, *(y for _, _, y in points)]))
@@ -102,13 +102,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _label(axes: Any, points: list[tuple[str, Any, float]], colors: dict[str, Any]) -> None:
-    """Names beside their points, each at the nearest place that no other name or point takes, a thin line to it."""
+    """Names beside their points, a thin line to each: at the nearest place that nothing takes and no other point is
+    nearer to.
+    """
     from matplotlib.text import Text
 
     places = [axes.transData.transform((x, y)) for _, x, y in points]
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
     frame, renderer = axes.get_window_extent(), axes.figure.canvas.get_renderer()
-    for name, x, y in points:
+    for (name, x, y), own in zip(points, places, strict=True):
         for distance, turn in ((d, t) for d in range(10, 150, 8) for t in (0, 4, 2, 6, 1, 7, 3, 5)):
             right, up = math.cos(turn * math.pi / 4), math.sin(turn * math.pi / 4)
             text = axes.annotate(
@@ -125,7 +127,8 @@ def _label(axes: Any, points: list[tuple[str, Any, float]], colors: dict[str, An
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer).extents  # the name's alone, without the line
             inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
-            if inside and not any(_overlap(box, other) for other in taken):
+            its_own = all(_distance(box, own) <= _distance(box, other) + 1 for other in places)
+            if inside and its_own and not any(_overlap(box, other) for other in taken):
                 break
             text.remove()
         else:
@@ -135,6 +138,10 @@ def _label(axes: Any, points: list[tuple[str, Any, float]], colors: dict[str, An
 
 def _overlap(one: Any, other: Any) -> bool:
     return bool(one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3])
+
+
+def _distance(box: Any, place: Any) -> float:
+    return math.hypot(max(box[0] - place[0], 0, place[0] - box[2]), max(box[1] - place[1], 0, place[1] - box[3]))
 
 
 def _order(row: Row) -> tuple[float, float]:
