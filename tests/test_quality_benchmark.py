@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,24 @@ def test_table(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_crowded_plot_keeps_every_name(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    chance = random.Random(2)
+    rows = [
+        {
+            "contender": f"auto_round:g{number},batch_size=2",
+            "linear_bytes": chance.randrange(210, 290),
+            "linear_weights": 1000,
+            "wiki": {"perplexity": chance.uniform(60, 300), "teacher_perplexity": 20.0, "kl": 1.0},
+        }
+        for number in range(14)
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw({"source": "sample:tiny", "rows": rows}, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert [row["contender"] for row in rows if f">{row['contender']}<" not in drawn] == []
 
 
 def test_zero_shot(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _label(axes: Any, points: list[tuple[str, Any, float]], colors: dict[str, Any]) -> None:
-    """Names beside their points, a thin line to each: at the nearest place that nothing takes and no other point is
-    nearer to.
+    """Names beside their points, a thin line to each: at the nearest place that nothing takes, and that no other point
+    is nearer to, where there is one.
     """
     from matplotlib.text import Text
 
@@ -111,7 +112,7 @@ def _label(axes: Any, points: list[tuple[str, Any, float]], colors: dict[str, An
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
     frame, renderer = axes.get_window_extent(), axes.figure.canvas.get_renderer()
     for (name, x, y), own in zip(points, places, strict=True):
-        for distance, turn in ((d, t) for d in range(10, 150, 8) for t in (0, 4, 2, 6, 1, 7, 3, 5)):
+        for apart, distance, turn in itertools.product((True, False), range(10, 150, 8), (0, 4, 2, 6, 1, 7, 3, 5)):
             right, up = math.cos(turn * math.pi / 4), math.sin(turn * math.pi / 4)
             text = axes.annotate(
                 name,
@@ -127,7 +128,7 @@ def _label(axes: Any, points: list[tuple[str, Any, float]], colors: dict[str, An
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer).extents  # the name's alone, without the line
             inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
-            its_own = all(_distance(box, own) <= _distance(box, other) + 1 for other in places)
+            its_own = not apart or all(_distance(box, own) <= _distance(box, other) + 1 for other in places)
             if inside and its_own and not any(_overlap(box, other) for other in taken):
                 break
             text.remove()
