@@ -8,6 +8,9 @@ guard decides, as in tuning.
 
     loss = KL(teacher || student), nats a token, both read from hidden states by the teacher's own norm and head
 
+With a large vocabulary the head is most of a step's work. So a step looks at the tokens of the text and at some others,
+drawn anew, that stand for the rest of the vocabulary (`SampledHead`). Held-out windows are judged by all of it.
+
 Shapes: B windows in a batch, T tokens, H hidden.
 """
 
@@ -15,13 +18,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ternarize.architecture import find_blocks
 from ternarize.block import advance
 from ternarize.calibration import Walk, finish_walk, product_dtype
 from ternarize.checkpoint import Checkpoint, place
-from ternarize.lesson import hidden_divergence
+from ternarize.lesson import DRAWN, SampledHead, hidden_divergence
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.tuning import Tuned, count_steps, learn, make_ternary, make_trainable
@@ -55,12 +59,20 @@ def tune_ending(
     place(outside, str(ids[0].device))
     if isinstance(head := outside.get_output_embeddings(), nn.Module):
         head.to(product_dtype(ids[0].device))  # once, not for every piece
+    sampled = None
+    if type(head) is nn.Linear and len(known := torch.cat(ids).unique()) + DRAWN < head.out_features:
+        sampled = SampledHead(head, known, recipe.calibration.seed)
 
     def loss(batch: int) -> Tensor:
         hidden = student.through(list(window.values()), first, batch, student.hidden[batch])
+        if sampled is not None and torch.is_grad_enabled():
+            sampled.choose()
+        elif sampled is not None:  # held out
+            sampled.choose_all()
 
         def read(hidden: Tensor, part: slice) -> Tensor:
-            return finish_walk(outside, blocks, hidden, ids[batch][:, part], teacher.calls[batch][-1].tuple_output)
+            logits = finish_walk(outside, blocks, hidden, ids[batch][:, part], teacher.calls[batch][-1].tuple_output)
+            return logits if sampled is None else sampled.weigh(logits)
 
         return hidden_divergence(read, read, teacher.hidden[batch], hidden)
 

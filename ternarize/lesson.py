@@ -8,14 +8,16 @@ what its norm and head make of a piece of them; the loss goes from piece to piec
 is seen more than once, those hidden states of the teacher are noted on disk: a thousandth of the logits' size, and all
 that they are made of.
 
-Sources: Hinton et al. (arXiv 1503.02531) for distillation; TernaryLLM (arXiv 2406.07177) for OFF.
+Sources: Hinton et al. (arXiv 1503.02531) for distillation; TernaryLLM (arXiv 2406.07177) for OFF; Bengio and Senecal
+(AISTATS 2003) and Jean et al. (arXiv 1412.2007) for a softmax over a sample of the vocabulary.
 
-Shapes: B windows, T tokens, P tokens of a piece, V vocabulary, H hidden, D depths.
+Shapes: B windows, T tokens, P tokens of a piece, V vocabulary, H hidden, D depths, K tokens of the text, N drawn ones.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ PIECE_TOKENS = 128  # whose logits are in memory at once, where they are learnt 
 LOGITS_AT_ONCE = 2**21  # that are made into distributions: float32 in pieces small enough that their memory is kept
 LARGER = 8  # times as many tokens at once on an accelerator, where starting a computation takes as long as a small one,
 MORE_LOGITS = 64  # and so many times as many logits
+DRAWN = 4096  # tokens that a sampled head looks at beside those of the text
 
 
 def divergence(teacher: Tensor, student: Tensor, top: int = 0) -> Tensor:
@@ -267,3 +270,47 @@ class Lesson:
 def note_bytes(tokens: int, hidden_size: int, depths: int) -> int:
     """What the notes of so many tokens take on disk."""
     return 2 * tokens * hidden_size * (1 + depths)
+
+
+class SampledHead:
+    """A model's head that can be asked about some tokens only: all known ones, and N drawn from the others by lot.
+
+    A drawn token stands for (V - K) / N others, so the logarithm of that is added to its logit: a softmax over K + N
+    such logits estimates those tokens' shares of the softmax over V, and the sum that makes up a KL estimates the KL.
+
+    Args:
+        head: inside its model [V, H]; it answers as this says from now on.
+        known: tokens that are always among them, int64 [K], K + N < V.
+        seed: of the draws.
+    """
+
+    def __init__(self, head: nn.Linear, known: Tensor, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        others = torch.ones(head.out_features, dtype=torch.bool, device=known.device)
+        others[known] = False
+        self.others = others.nonzero().squeeze(1)
+        self.count, drawn = len(known), self.others[:DRAWN]
+        self.shares = torch.zeros(self.count + len(drawn), device=known.device)
+        self.shares[self.count :] = math.log(len(self.others) / len(drawn))
+        self.whole = [part.detach() for part in head.parameters()]  # weight, and bias if there is one
+        self.some = [part[torch.cat([known, drawn])] for part in self.whole]  # known tokens, then drawn ones
+        self.asked = self.whole
+        head.forward = self._answer  # type: ignore[method-assign,assignment]
+
+    def _answer(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, *self.asked)
+
+    def choose_all(self) -> None:
+        """Look at the whole vocabulary from now on."""
+        self.asked = self.whole
+
+    def choose(self) -> None:
+        """Look at the known tokens and a new draw of others from now on."""
+        order = torch.randperm(len(self.others), generator=self.generator).to(self.others.device)
+        for some, whole in zip(self.some, self.whole, strict=True):
+            some[self.count :] = whole[self.others[order[: len(some) - self.count]]]
+        self.asked = self.some
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """What the model made of the asked tokens' logits, [..., V] or [..., K + N], with what drawn ones stand for."""
+        return logits if self.asked is self.whole else logits.float() + self.shares

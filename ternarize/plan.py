@@ -20,7 +20,7 @@ from ternarize.calibration import BATCH_TOKENS
 from ternarize.checkpoint import Checkpoint, tied_parameters
 from ternarize.choice import Choice, choose, find_embeddings
 from ternarize.errors import TernarizeError
-from ternarize.lesson import PIECE_TOKENS
+from ternarize.lesson import DRAWN, PIECE_TOKENS
 from ternarize.packing import level_row_bytes, packed_columns, table_row_bytes
 from ternarize.progress import size
 from ternarize.recipe import Recipe
@@ -33,6 +33,7 @@ LOGITS = 24  # bytes for a logit that is compared: two distributions in float32,
 FROZEN = 3  # bytes for a weight whose scale learns: its code, and what a scale's learning takes, over 32 weights
 KEPT = 5  # bytes for an input or output of a linear that learns: what a block keeps for its backward pass, all in all
 LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
+REPEATED = 4  # times that a token of the vocabulary occurs in calibration text, if it does
 PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
 
 
@@ -270,8 +271,9 @@ def _seconds(
     ended = recipe.tune.share_of_ending(len(blocks))
     learning = 3 * forward * (recipe.tune.epochs + recipe.tune.ending_epochs * ended)
     distilled = recipe.distill.samples * recipe.calibration.length * recipe.distill.epochs
-    predicted = distilled + (tokens * recipe.tune.ending_epochs if ended else 0)
     embedding: Any = model.get_input_embeddings()
+    sampled = min(1.0, (tokens / REPEATED + DRAWN) / embedding.weight.shape[0])
+    predicted = distilled + (tokens * recipe.tune.ending_epochs * sampled if ended else 0)
     heads = 3 * 2 * embedding.weight.numel() * predicted  # the teacher's; the student's, and back
     ranking = len(ternary) * once * RANK_WINDOWS * RANK_LENGTH if recipe.budget is not None else 0
     return (3 * forward + moments + solving + learning + 4 * once * distilled + heads + ranking) / rate + columns

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import contents, make_checkpoint, make_recipe, read_tensors
+from torch import nn
 
 from ternarize import Recipe, conversion
+from ternarize.calibration import finish_walk
 from ternarize.checkpoint import Checkpoint
 from ternarize.conversion import convert
 from ternarize.errors import StoppedError
-from ternarize.lesson import piecewise_mean
+from ternarize.lesson import SampledHead, divergence, piecewise_mean
 from ternarize.plan import make_plan
 from ternarize.progress import Progress
 from ternarize.report import Report
@@ -83,6 +85,68 @@ def test_all_blocks_can_learn_together(source: Path, text: Path, plain: Path, tm
     before, after = read_tensors(plain), read_tensors(tmp_path / "out")
     changed = {name.split(".")[2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"0", "1", "2", "3"}
+
+
+def test_a_step_looks_at_some_tokens_and_the_guard_at_all(text: Path, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", vocab_size=400)  # the tokenizer has 64
+    looked: set[tuple[int, bool]] = set()
+
+    def watched(model: Any, *arguments: Any) -> torch.Tensor:
+        logits = finish_walk(model, *arguments)
+        looked.add((logits.shape[-1], logits.requires_grad))
+        return logits
+
+    reports = {}
+    for drawn in (400, 48):
+        looked.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ternarize.ending.DRAWN", drawn)
+            patch.setattr("ternarize.lesson.DRAWN", drawn)
+            patch.setattr("ternarize.ending.finish_walk", watched)
+            report = convert(source, tmp_path / f"{drawn}", with_ending(text), progress=QUIET)
+        reports[drawn] = report.run["tune"][-1]
+        learnt_from = {width for width, learning in looked if learning}
+        assert (400, False) in looked  # held out
+        assert learnt_from == {400} if drawn == 400 else max(learnt_from) <= 64 + drawn
+    everything, some = reports[400], reports[48]
+    assert some["before"] == everything["before"]
+    assert some["kept"]
+    assert some["before"] - some["after"] > 0.8 * (everything["before"] - everything["after"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_sampled_head_estimates_what_the_whole_one_says(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(16, 300, bias=bias)
+    for parameter in head.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    expected, hidden = (torch.randn(2, 40, 16, generator=generator) for _ in range(2))
+    known = torch.arange(0, 300, 3)
+    whole = divergence(head(expected), head(hidden))
+    mass = head(expected).softmax(-1)[..., known].sum(-1)  # of the known tokens
+
+    def estimates(drawn: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr("ternarize.lesson.DRAWN", drawn)
+        sampled = SampledHead(head, known, seed=0)
+        found, masses = [], []
+        for _ in range(count):
+            sampled.choose()
+            assert head(hidden).shape == (2, 40, 100 + drawn)
+            likely = sampled.weigh(head(expected))
+            found.append(divergence(likely, sampled.weigh(head(hidden))))
+            masses.append(likely.softmax(-1)[..., :100].sum(-1))
+        sampled.choose_all()
+        assert torch.equal(divergence(sampled.weigh(head(expected)), sampled.weigh(head(hidden))), whole)
+        return torch.stack(found), torch.stack(masses)
+
+    everything, masses = estimates(200, 1)  # all of the others are drawn
+    torch.testing.assert_close(everything[0], whole)
+    torch.testing.assert_close(masses[0], mass)
+    some, masses = estimates(50, 200)
+    torch.testing.assert_close(some.mean(), whole, rtol=0.02, atol=0)
+    torch.testing.assert_close(masses.mean(0), mass, rtol=0.05, atol=0)
+    assert some.std() < 0.1 * whole
 
 
 @pytest.mark.parametrize(("shape", "at_once"), [((1, 7, 4), 3), ((3, 8, 4), 6), ((2, 5, 4), 1), ((2, 5, 4), 99)])
