@@ -64,11 +64,11 @@ def tune_ending(
         sampled = SampledHead(head, known, recipe.calibration.seed)
 
     def loss(batch: int) -> Tensor:
-        hidden = student.through(list(window.values()), first, batch, student.hidden[batch])
         if sampled is not None and torch.is_grad_enabled():
             sampled.choose()
         elif sampled is not None:  # held out
             sampled.choose_all()
+        hidden = student.through(list(window.values()), first, batch, student.hidden[batch])
 
         def read(hidden: Tensor, part: slice) -> Tensor:
             logits = finish_walk(outside, blocks, hidden, ids[batch][:, part], teacher.calls[batch][-1].tuple_output)
