@@ -25,7 +25,7 @@ from ternarize.architecture import find_blocks
 from ternarize.block import advance
 from ternarize.calibration import Walk, finish_walk, product_dtype
 from ternarize.checkpoint import Checkpoint, place
-from ternarize.lesson import DRAWN, SampledHead, hidden_divergence
+from ternarize.lesson import SampledHead, hidden_divergence
 from ternarize.progress import Progress
 from ternarize.recipe import Recipe
 from ternarize.tuning import Tuned, count_steps, learn, make_ternary, make_trainable
@@ -59,20 +59,15 @@ def tune_ending(
     place(outside, str(ids[0].device))
     if isinstance(head := outside.get_output_embeddings(), nn.Module):
         head.to(product_dtype(ids[0].device))  # once, not for every piece
-    sampled = None
-    if type(head) is nn.Linear and len(known := torch.cat(ids).unique()) + DRAWN < head.out_features:
-        sampled = SampledHead(head, known, recipe.calibration.seed)
+    sampled = SampledHead(head, torch.cat(ids).unique(), recipe.calibration.seed)
 
     def loss(batch: int) -> Tensor:
-        if sampled is not None and torch.is_grad_enabled():
-            sampled.choose()
-        elif sampled is not None:  # held out
-            sampled.choose_all()
+        sampled.choose(some=torch.is_grad_enabled())  # held-out windows are judged by all tokens
         hidden = student.through(list(window.values()), first, batch, student.hidden[batch])
 
         def read(hidden: Tensor, part: slice) -> Tensor:
-            logits = finish_walk(outside, blocks, hidden, ids[batch][:, part], teacher.calls[batch][-1].tuple_output)
-            return logits if sampled is None else sampled.weigh(logits)
+            tuple_output = teacher.calls[batch][-1].tuple_output
+            return sampled.weigh(finish_walk(outside, blocks, hidden, ids[batch][:, part], tuple_output))
 
         return hidden_divergence(read, read, teacher.hidden[batch], hidden)
 

@@ -159,6 +159,50 @@ def hidden_divergence(
     return piecewise_mean(hidden, of_piece)
 
 
+class SampledHead:
+    """A model's head that can be asked about some tokens only: all known ones, and N drawn from the others by lot.
+
+    A drawn token stands for (V - K) / N others, so the logarithm of that is added to its logit: a softmax over K + N
+    such logits estimates those tokens' shares of the softmax over V, and the sum that makes up a KL estimates the KL.
+    A head that is no plain linear, or has fewer than K + N tokens, is always asked about all.
+
+    Args:
+        head: inside its model [V, H]; it answers as this says from now on.
+        known: tokens that are always among them, int64 [K].
+        seed: of the draws.
+    """
+
+    def __init__(self, head: object, known: Tensor, seed: int) -> None:
+        self.some: list[Tensor] = []  # weight and bias, if there is one, of known tokens, then of drawn ones
+        if type(head) is nn.Linear and len(known) + DRAWN <= head.out_features:
+            self.generator = torch.Generator().manual_seed(seed)
+            others = torch.ones(head.out_features, dtype=torch.bool, device=known.device)
+            others[known] = False
+            self.others, self.count = others.nonzero().squeeze(1), len(known)
+            self.shares = torch.zeros(self.count + DRAWN, device=known.device)
+            self.shares[self.count :] = math.log(len(self.others) / DRAWN)
+            self.whole = [part.detach() for part in head.parameters()]
+            self.some = [part[torch.cat([known, self.others[:DRAWN]])] for part in self.whole]
+            head.forward = self._answer  # type: ignore[method-assign,assignment]
+        self.sampling = False
+
+    def _answer(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, *(self.some if self.sampling else self.whole))
+
+    def choose(self, some: bool) -> None:
+        """Look at the known tokens and a new draw of others from now on, or at the whole vocabulary."""
+        self.sampling = some and bool(self.some)
+        if self.sampling:
+            order = torch.randperm(len(self.others), generator=self.generator)[:DRAWN]
+            drawn = self.others[order.to(self.others.device)]
+            for part, whole in zip(self.some, self.whole, strict=True):
+                part[self.count :] = whole[drawn]
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """What the model made of the asked tokens' logits, [..., V] or [..., K + N], with what drawn ones stand for."""
+        return logits.float() + self.shares if self.sampling else logits
+
+
 class Reader:
     """A whole model, asked in two steps.
 
@@ -270,47 +314,3 @@ class Lesson:
 def note_bytes(tokens: int, hidden_size: int, depths: int) -> int:
     """What the notes of so many tokens take on disk."""
     return 2 * tokens * hidden_size * (1 + depths)
-
-
-class SampledHead:
-    """A model's head that can be asked about some tokens only: all known ones, and N drawn from the others by lot.
-
-    A drawn token stands for (V - K) / N others, so the logarithm of that is added to its logit: a softmax over K + N
-    such logits estimates those tokens' shares of the softmax over V, and the sum that makes up a KL estimates the KL.
-
-    Args:
-        head: inside its model [V, H]; it answers as this says from now on.
-        known: tokens that are always among them, int64 [K], K + N < V.
-        seed: of the draws.
-    """
-
-    def __init__(self, head: nn.Linear, known: Tensor, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        others = torch.ones(head.out_features, dtype=torch.bool, device=known.device)
-        others[known] = False
-        self.others = others.nonzero().squeeze(1)
-        self.count, drawn = len(known), self.others[:DRAWN]
-        self.shares = torch.zeros(self.count + len(drawn), device=known.device)
-        self.shares[self.count :] = math.log(len(self.others) / len(drawn))
-        self.whole = [part.detach() for part in head.parameters()]  # weight, and bias if there is one
-        self.some = [part[torch.cat([known, drawn])] for part in self.whole]  # known tokens, then drawn ones
-        self.asked = self.whole
-        head.forward = self._answer  # type: ignore[method-assign,assignment]
-
-    def _answer(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, *self.asked)
-
-    def choose_all(self) -> None:
-        """Look at the whole vocabulary from now on."""
-        self.asked = self.whole
-
-    def choose(self) -> None:
-        """Look at the known tokens and a new draw of others from now on."""
-        order = torch.randperm(len(self.others), generator=self.generator).to(self.others.device)
-        for some, whole in zip(self.some, self.whole, strict=True):
-            some[self.count :] = whole[self.others[order[: len(some) - self.count]]]
-        self.asked = self.some
-
-    def weigh(self, logits: Tensor) -> Tensor:
-        """What the model made of the asked tokens' logits, [..., V] or [..., K + N], with what drawn ones stand for."""
-        return logits if self.asked is self.whole else logits.float() + self.shares

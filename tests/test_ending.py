@@ -100,7 +100,6 @@ def test_a_step_looks_at_some_tokens_and_the_guard_at_all(text: Path, tmp_path: 
     for drawn in (400, 48):
         looked.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ternarize.ending.DRAWN", drawn)
             patch.setattr("ternarize.lesson.DRAWN", drawn)
             patch.setattr("ternarize.ending.finish_walk", watched)
             report = convert(source, tmp_path / f"{drawn}", with_ending(text), progress=QUIET)
@@ -131,12 +130,12 @@ def test_a_sampled_head_estimates_what_the_whole_one_says(bias: bool, monkeypatc
         sampled = SampledHead(head, known, seed=0)
         found, masses = [], []
         for _ in range(count):
-            sampled.choose()
+            sampled.choose(some=True)
             assert head(hidden).shape == (2, 40, 100 + drawn)
             likely = sampled.weigh(head(expected))
             found.append(divergence(likely, sampled.weigh(head(hidden))))
             masses.append(likely.softmax(-1)[..., :100].sum(-1))
-        sampled.choose_all()
+        sampled.choose(some=False)
         assert torch.equal(divergence(sampled.weigh(head(expected)), sampled.weigh(head(hidden))), whole)
         return torch.stack(found), torch.stack(masses)
 
