@@ -31,7 +31,9 @@ from ternarize.text import split_source
 RANK_WINDOWS, RANK_LENGTH = 4, 256  # text that a budget ranks the linears on
 LOGITS = 24  # bytes for a logit that is compared: two distributions in float32, and what is made of them
 FROZEN = 3  # bytes for a weight whose scale learns: its code, and what a scale's learning takes, over 32 weights
-KEPT = 5  # bytes for an input or output of a linear that learns: what a block keeps for its backward pass, all in all
+# Bytes for an input or output of a linear that learns: 5 that its block keeps for its backward pass, all in all, and as
+# much again for holes in the heap, where what is freed is kept for the next step (`process.kept_memory`).
+KEPT = 10
 LEARNING = 28  # bytes for a weight that learns: position, gradient, two moments, and the float weight made of them
 REPEATED = 4  # times that a token of the vocabulary occurs in calibration text, if it does
 PYTHON_AND_TORCH = 600_000_000  # bytes that the process holds before any tensor
