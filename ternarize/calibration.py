@@ -359,7 +359,8 @@ class _Sums:
             return
         bias = getattr(module, "bias", None)
         product = output if bias is None else output - bias
-        self.energy[name] = self.energy.get(name, 0.0) + float(product.square().sum(dtype=torch.float64))
+        norms = torch.linalg.vector_norm(product.float(), dim=-1)  # a sixth of the time of sums in float64
+        self.energy[name] = self.energy.get(name, 0.0) + float(norms.square().sum(dtype=torch.float64))
         if self.leader[name] == name:
             x_NI = x.reshape(-1, x.shape[-1]).float()
             student_NI = self.inputs[name].reshape(x_NI.shape).float()
