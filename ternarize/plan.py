@@ -23,13 +23,13 @@ from ternarize.errors import TernarizeError
 from ternarize.lesson import DRAWN, PIECE_TOKENS
 from ternarize.packing import level_row_bytes, packed_columns, table_row_bytes
 from ternarize.progress import size
-from ternarize.recipe import Recipe
+from ternarize.recipe import Calibration, Recipe
 from ternarize.sources import resolve
 from ternarize.tensor import group_count
-from ternarize.text import split_source
+from ternarize.text import WRITER_BATCH, split_source
 
 RANK_WINDOWS, RANK_LENGTH = 4, 256  # text that a budget ranks the linears on
-LOGITS = 24  # bytes for a logit that is compared: two distributions in float32, and what is made of them
+LOGITS = 24  # bytes for a logit that is compared or drawn from: two distributions in float32, and what is made of them
 FROZEN = 3  # bytes for a weight whose scale learns: its code, and what a scale's learning takes, over 32 weights
 # Bytes for an input or output of a linear that learns: 5 that its block keeps for its backward pass, all in all, and as
 # much again for holes in the heap, where what is freed is kept for the next step (`process.kept_memory`).
@@ -245,7 +245,8 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     largest = max(o * i for o, i in (linear_shape(module) for _, module in inside))
     walking = 4 * (2 * block + moments + activations + 8 * largest)
     first = 4 * 2 * outside
-    writing = 4 * weights * 1.1 if any(split_source(s)[0] == "self" for s in calibration.text) else 0
+    written = any(split_source(s)[0] == "self" for s in calibration.text)
+    writing = 4 * weights * 1.1 + _writer_bytes(model, len(blocks), hidden, calibration) if written else 0
     tuning = LEARNING * recipe.tune.window * block if recipe.tune.epochs else 0
     logits = LOGITS * PIECE_TOKENS * model.config.get_text_config().vocab_size
     ending = 0
@@ -257,6 +258,16 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     judging = 4 * (activations + 2 * outside) + logits
     phases = (walking + 4 * block + tuning, ending, judging, first, writing, distilling, ranking)
     return PYTHON_AND_TORCH + int(max(phases))
+
+
+def _writer_bytes(model: PreTrainedModel, blocks: int, hidden: int, calibration: Calibration) -> int:
+    """Keys and values of the windows that a model writes side by side, in float32, and what a token is drawn from."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or hidden // heads
+    key = size * (getattr(config, "num_key_value_heads", None) or heads)
+    windows = min(calibration.samples, WRITER_BATCH)
+    return windows * (calibration.length * blocks * 2 * 4 * key + LOGITS * config.vocab_size)
 
 
 def _seconds(

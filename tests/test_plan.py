@@ -121,13 +121,16 @@ def test_plan_of_a_large_model_takes_no_memory(text: Path, tmp_path: Path) -> No
     with open(weights, "rb+") as file:
         file.truncate(8 + len(encoded) + end)
     before = peak_memory()
-    made = planned(tmp_path, make_recipe(text, group_size=64, int8_group_size=64))
+    recipe = make_recipe(text, group_size=64, int8_group_size=64, calibration={"samples": 128, "length": 512})
+    made, writing = planned(tmp_path, recipe), planned(tmp_path, recipe.with_text("self"))
     assert before is None or peak_memory() - before < 200_000_000
     assert made.weights == 6_738_415_616
     assert len(made.ternary) == 7 * 32
     per_weight = 1.6 + 2 * 4 / 64 + 8 / 4096  # trits, levels, and a byte a row; most rows have 4096 columns
     assert 8 * made.output_bytes == pytest.approx(per_weight * made.ternary_weights + 8.25 * 2 * 32000 * 4096, rel=1e-3)
     assert 2e9 < made.peak_memory < 13e9
+    floats = 4 * made.weights + 64 * 512 * 32 * 2 * 4 * 4096  # of the writer: weights, keys and values of 64 windows
+    assert floats < writing.peak_memory < 1.1 * floats
 
 
 def test_more_text_needs_more_memory_and_time(llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
