@@ -128,7 +128,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         peak_memory=memory,
         disk_bytes=_disk_bytes(output, len(blocks), ternary, recipe),
         seconds=_seconds(model, blocks, recipe, ternary),
-        writes_text=any(split_source(source)[0] == "self" for source in recipe.calibration.text),
+        writes_text=_writes_text(recipe),
         group_size=recipe.group_size,
         kept_linears=sorted(choice.kept),
     )
@@ -245,8 +245,7 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     largest = max(o * i for o, i in (linear_shape(module) for _, module in inside))
     walking = 4 * (2 * block + moments + activations + 8 * largest)
     first = 4 * 2 * outside
-    written = any(split_source(s)[0] == "self" for s in calibration.text)
-    writing = 4 * weights * 1.1 + _writer_bytes(model, len(blocks), hidden, calibration) if written else 0
+    writing = 4 * weights * 1.1 + _writer_bytes(model, len(blocks), hidden, calibration) if _writes_text(recipe) else 0
     tuning = LEARNING * recipe.tune.window * block if recipe.tune.epochs else 0
     logits = LOGITS * PIECE_TOKENS * model.config.get_text_config().vocab_size
     ending = 0
@@ -258,6 +257,10 @@ def _peak_memory(model: PreTrainedModel, blocks: nn.ModuleList, path: str, recip
     judging = 4 * (activations + 2 * outside) + logits
     phases = (walking + 4 * block + tuning, ending, judging, first, writing, distilling, ranking)
     return PYTHON_AND_TORCH + int(max(phases))
+
+
+def _writes_text(recipe: Recipe) -> bool:
+    return any(split_source(source)[0] == "self" for source in recipe.calibration.text)
 
 
 def _writer_bytes(model: PreTrainedModel, blocks: int, hidden: int, calibration: Calibration) -> int:
